@@ -1,0 +1,134 @@
+"""Pretraining without labels (SimCLRv2, 2006.10029, section 2).
+
+  --config=configs/pretrain.py:digits      minutes on a CPU
+  --config=configs/pretrain.py:cifar10     the official CIFAR-10 recipe
+  --config=configs/pretrain.py:imagenet    the official recipe of SimCLRv2
+
+Options: `digits,depth=18,width=0.5,epochs=20`. Any field can be set after it:
+`--config.loss.temperature=0.1`. 0, "" and "auto" mean derived; the run prints
+what they became and keeps it in config.json.
+"""
+
+import ml_collections
+
+from simclr_jax.config import parse_arg
+
+
+def get_config(arg="digits"):
+  """Returns the recipe `arg`, every field present."""
+  recipe, options = parse_arg(
+    arg,
+    recipes=("digits", "cifar10", "imagenet"),
+    depth=0,
+    width=0.0,
+    epochs=0.0,
+  )
+  config = ml_collections.ConfigDict()
+  config.stage = "pretrain"
+  config.recipe = recipe
+  config.seed = 0
+  config.batch_size = 4096  # images, over all devices
+  config.num_epochs = 800.0
+  config.num_steps = 0  # 0: num_examples * num_epochs // batch_size + 1
+  config.pretrained = ""  # continue from the weights of this run; "": random
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME
+  config.data.data_dir = ""  # of TFDS; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+  config.data.split = "train"
+  config.data.eval_split = "validation"  # "": no evaluation
+  config.data.image_size = 224  # pixels, what the network sees
+  config.data.canvas_size = 0  # pixels, what the host keeps; 0: from image_size
+
+  # At strength 1; SimCLRv2's `simclrv2` operations (data_util.py).
+  config.augment = ml_collections.ConfigDict()
+  config.augment.strength = 1.0  # scales the four below
+  config.augment.brightness = 0.8
+  config.augment.contrast = 0.8
+  config.augment.saturation = 0.8
+  config.augment.hue = 0.2  # turns
+  config.augment.jitter_probability = 0.8
+  config.augment.gray_probability = 0.2
+  config.augment.blur_probability = 0.5  # 0: no blur
+  config.augment.flip_probability = 0.5
+  config.augment.area_range = (0.08, 1.0)  # of the image
+  config.augment.aspect_range = (0.75, 4 / 3)  # width / height
+
+  config.model = ml_collections.ConfigDict()
+  config.model.depth = options.depth or 50  # 18, 34, 50, 101, 152, 200
+  config.model.width = options.width or 1.0  # multiplies every channel count
+  config.model.sk_ratio = 0.0  # selective kernels; 0.0625 in the paper
+  config.model.stem = "auto"  # imagenet | cifar; auto: cifar up to 64 pixels
+  config.model.pool_padding = "same"  # of the stem's max-pool; or torch
+  config.model.dtype = "auto"  # bfloat16 where the device has it, or float32
+  config.model.conv = "auto"  # xla | cpu (this package's own, for CPUs)
+  config.model.remat = False  # recompute blocks in the backward pass
+  config.model.bn_group_size = 0  # devices that share moments; 0: all
+
+  config.head = ml_collections.ConfigDict()
+  config.head.num_layers = 3
+  config.head.dim = 128
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.temperature = 0.1
+  config.loss.block_size = 0  # pairs a time, saves memory; 0: all at once
+  config.probe = True  # train a linear classifier beside, behind stop_gradient
+
+  config.optim = ml_collections.ConfigDict()
+  config.optim.name = "lars"  # lars | momentum | adam
+  config.optim.learning_rate = 0.1
+  config.optim.scaling = "sqrt"  # linear: * batch/256, sqrt: * batch**0.5, none
+  config.optim.warmup_epochs = 40.0
+  config.optim.weight_decay = 1e-4
+
+  config.knn_bank_size = 50_000  # train images of the kNN evaluation; 0: none
+  config.log_every_steps = 100
+  config.eval_every_steps = 10_000
+  config.checkpoint_every_steps = 1000
+  config.keep_checkpoints = 2
+
+  if recipe == "cifar10":
+    # google-research/simclr README, "Pretraining on CIFAR-10": about 91%
+    # linear on the original pixels.
+    config.batch_size = 512
+    config.num_epochs = 1000.0
+    config.data.name = "tfds:cifar10"
+    config.data.eval_split = "test"
+    config.data.image_size = 32
+    config.augment.strength = 0.5
+    config.augment.blur_probability = 0.0
+    config.model.depth = options.depth or 18
+    config.loss.temperature = 0.5
+    config.optim.learning_rate = 1.0
+    config.optim.scaling = "linear"
+    config.optim.warmup_epochs = 10.0
+    config.eval_every_steps = 5000
+
+  if recipe == "digits":
+    # Gray 8x8 scans; no flip, because a mirrored digit is another thing.
+    config.batch_size = 256
+    config.num_epochs = 30.0
+    config.data.name = "digits"
+    config.data.eval_split = "test"
+    config.data.image_size = 16
+    config.data.canvas_size = 8
+    config.augment.brightness = 0.6
+    config.augment.contrast = 0.6
+    config.augment.saturation = 0.0
+    config.augment.hue = 0.0
+    config.augment.gray_probability = 0.0
+    config.augment.blur_probability = 0.0
+    config.augment.flip_probability = 0.0
+    config.augment.area_range = (0.2, 1.0)
+    config.model.depth = options.depth or 18
+    config.model.width = options.width or 0.25
+    config.loss.temperature = 0.2
+    config.optim.learning_rate = 0.2
+    config.optim.warmup_epochs = 3.0
+    config.log_every_steps = 10
+    config.eval_every_steps = 1000
+    config.checkpoint_every_steps = 50
+
+  if options.epochs:
+    config.num_epochs = options.epochs
+  return config

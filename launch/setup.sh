@@ -1,0 +1,118 @@
+# shellcheck shell=bash
+# Sourced by local.sh and test.sh, never run: makes a virtual environment in
+# the checkout and installs the package there, editable, at the versions of
+# constraints.txt. Plain bash 3.2, so that it also works on macOS.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+
+# runs PYTHON FROM TO: whether it starts and is Python 3.FROM to 3.TO. Tried,
+# not looked up: pyenv puts shims on the path for versions that do not start.
+runs() {
+  "$1" -c "import sys
+sys.exit(not (3, $2) <= sys.version_info[:2] <= (3, $3))" >/dev/null 2>&1
+}
+
+# find_python FROM TO: sets $python to an interpreter of Python 3.FROM to 3.TO
+# that can make an environment, or returns 1.
+find_python() {
+  local pyenv="${PYENV_ROOT:-${HOME:-}/.pyenv}/versions"
+  for python in python3.13 python3.12 python3.11 python3 python python3.14 \
+    python3.15 python3.16 "$pyenv"/3.13.*/bin/python3 \
+    "$pyenv"/3.12.*/bin/python3 "$pyenv"/3.11.*/bin/python3; do
+    if runs "$python" "$1" "$2" &&
+      "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+      return 0
+    fi
+  done
+  return 1
+}
+
+# make_environment VENV FROM TO: an environment of Python 3.FROM to 3.TO. Where
+# none can be had it returns 1, and $missing says in one line what to install.
+make_environment() {
+  local found
+  rm -rf "$1"
+  if uv --version >/dev/null 2>&1 &&
+    uv venv --quiet --seed --python ">=3.$2,<3.$(($3 + 1))" "$1"; then
+    return 0
+  fi
+  if find_python "$2" "$3"; then
+    "$python" -m venv "$1"
+    return
+  fi
+  for python in python3.13 python3.12 python3.11 python3 python; do
+    if runs "$python" "$2" "$3"; then
+      missing="$python has no venv module; install it (Debian and Ubuntu:"
+      missing="$missing apt-get install $(basename "$python")-venv), or uv"
+      return 1
+    fi
+  done
+  found="$(python3 --version 2>/dev/null || python --version 2>/dev/null ||
+    echo none)"
+  missing="needs Python 3.$2 or newer, found: $found; install it (Debian and"
+  missing="$missing Ubuntu: apt-get install python3 python3-venv; macOS: brew"
+  missing="$missing install python@3.13), or uv, which brings its own"
+  return 1
+}
+
+# accelerator_extra [DEV]: prints the extra that this machine's accelerator
+# needs, if it has one. DEV stands for /dev in the tests.
+accelerator_extra() {
+  local dev="${1:-/dev}" driver
+  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader \
+    2>/dev/null | head -n 1)" || driver=""
+  if [ -n "$driver" ] && [ "${driver%%.*}" -lt 580 ] 2>/dev/null; then
+    echo "note: the NVIDIA driver is $driver and CUDA 13 needs 580: JAX will" \
+      "run on the CPU until the driver is updated" >&2
+  elif [ -n "$driver" ] || [ -e /proc/driver/nvidia/version ]; then
+    echo cuda13
+  elif [ -e "$dev/accel0" ] || { [ -d "$dev/vfio" ] && [ -n "${TPU_NAME:-}" ]; }
+  then
+    echo tpu
+  fi
+}
+
+# install VENV EXTRA...: installs what VENV lacks. A stamp in it names what it
+# has and for which requirements, so that a second start needs no network.
+install() {
+  local venv="$1" stamp="$1/simclr_jax.stamp" sum extra extras="" lacks="" rc=0
+  shift
+  sum="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+  sum="$root ${sum// /-}"
+  for extra in package "$@"; do
+    grep -qxF "$sum $extra" "$stamp" 2>/dev/null || lacks="$extra"
+  done
+  [ -n "$lacks" ] || return 0
+  for extra in "$@"; do extras="$extras,$extra"; done
+  echo "installing into $venv: a minute or two, 1 GB (a GPU's extra: 5 GB)"
+  set -- --constraint "$root/constraints.txt" \
+    --editable "$root${extras:+[${extras#,}]}"
+  if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    set -- "$venv/bin/python" -m pip install "$@"
+  else
+    set -- uv pip install --python "$venv/bin/python" "$@"
+  fi
+  "$@" >"$venv/install.log" 2>&1 </dev/null || rc=$?
+  if [ "$rc" != 0 ]; then
+    grep -v '^WARNING' "$venv/install.log" | tail -n 15 >&2
+    echo "error: the installation failed, see above or $venv/install.log; is" \
+      "the network there, and space on the disk?" >&2
+    return 1
+  fi
+  for extra in package ${extras//,/ }; do
+    echo "$sum $extra" >>"$stamp"
+  done
+  echo "installed in $SECONDS s"
+}
+
+# setup EXTRA...: the environment of this checkout; sets $python to its own.
+setup() {
+  if ! runs "$root/.venv/bin/python" 11 99; then
+    # Versions that the tests ran on, else a newer one.
+    make_environment "$root/.venv" 11 13 ||
+      make_environment "$root/.venv" 11 99 ||
+      { echo "error: $missing" >&2; exit 2; }
+  fi
+  install "$root/.venv" "$@" || exit 1
+  python="$root/.venv/bin/python"
+}

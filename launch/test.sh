@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Sets up .venv in the checkout and runs the checks and the quick tests there,
+# on the CPU. Needs no root, and no network once installed.
+#
+#   bash launch/test.sh [--all] [PYTEST ARGUMENTS]
+#
+#   --all    also the slow tests, and the quick ones on a second Python
+#   others   go to pytest, which then runs alone: test.sh tests/test_losses.py
+set -euo pipefail
+all=""
+for arg; do
+  shift
+  case "$arg" in
+  --all) all=yes ;;
+  --help | -h)
+    sed -n '/^#!/d; /^[^#]/q; s/^# \{0,1\}//p' "$0"
+    exit ;;
+  *) set -- "$@" "$arg" ;;
+  esac
+done
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+cd "$root"
+setup test
+export JAX_PLATFORMS=cpu
+failed=""
+check() { # runs a command of the environment; all of them run, to the end
+  echo "== $*"
+  "$python" -m "$@" || failed="$failed, $1"
+}
+
+if [ $# = 0 ]; then
+  check ruff check .
+  check ruff format --check .
+  check mypy
+fi
+check pytest ${all:+-m ""} "$@"
+
+if [ -n "$all" ]; then
+  # JAX's oldest supported release comes with Python 3.11, its newest with 3.12
+  # and up: the tests hold on both.
+  if runs "$python" 11 11; then from=12 to=13; else from=11 to=11; fi
+  other="$root/.venv-second"
+  if runs "$other/bin/python" $from $to ||
+    make_environment "$other" $from $to; then
+    install "$other" test || exit 1
+    python="$other/bin/python"
+    check pytest "$@"
+  else
+    echo "SKIPPED the tests on a second Python: $missing"
+  fi
+fi
+if [ -n "$failed" ]; then
+  echo "failed: ${failed#, }" >&2
+  exit 1
+fi

@@ -1,0 +1,48 @@
+"""Images on their way in: uint8 to float, and the checks that all ops share."""
+
+import jax.numpy as jnp
+
+from simclr_jax.config import UserError
+
+
+def to_float(images, dtype=None):
+  """uint8 [..., H, W, C] to [0, 1]; floats keep their values.
+
+  dtype None: float32 for uint8, the images' own for floats. Nothing is
+  normalised by mean and deviation: SimCLRv2's networks eat [0, 1].
+  Raises UserError for other integers and for fewer than three dimensions.
+  """
+  images = jnp.asarray(images)
+  if images.ndim < 3:
+    raise UserError(
+      f"images have shape {images.shape}; expected [..., height, width, "
+      "channels]: add the channel dimension with images[..., None]"
+    )
+  if images.dtype == jnp.uint8:
+    dtype = jnp.dtype(dtype or jnp.float32)
+    return images.astype(dtype) / jnp.asarray(255, dtype)
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(
+      f"images are {images.dtype}; expected uint8, or floats in [0, 1]: "
+      "convert them with images.astype(np.uint8)"
+    )
+  return images.astype(dtype or images.dtype)
+
+
+def need_rgb(images, name):
+  """For the ops that only three channels have."""
+  if images.shape[-1] != 3:
+    raise UserError(
+      f"{name} got {images.shape[-1]} channels; it is defined for 3 (RGB): "
+      "leave it out for other images"
+    )
+
+
+def height_width(size):
+  """An int or (height, width) to (height, width), checked."""
+  pair = (size, size) if jnp.ndim(size) == 0 else tuple(size)
+  if len(pair) != 2 or any(int(s) != s or s < 1 for s in pair):
+    raise UserError(
+      f"size is {size}; expected a positive int, or (height, width) of them"
+    )
+  return int(pair[0]), int(pair[1])

@@ -1,0 +1,250 @@
+"""From a config to the things a stage trains with: data, network, state."""
+
+import functools
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from simclr_jax import (
+  augment,
+  data,
+  loop,
+  models,
+  optimizers,
+  parallel,
+  predict,
+  probes,
+  sources,
+)
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+# What a checkpoint says about the network that it holds.
+ENCODER = (
+  "model.depth",
+  "model.width",
+  "model.sk_ratio",
+  "model.stem",
+  "model.pool_padding",
+)
+HEAD = ("head.num_layers", "head.dim")
+VIEW = ("data.image_size", "data.canvas_size")
+
+
+def start(config) -> ml_collections.ConfigDict:
+  """Returns a copy of `config` to resolve, checked as far as it can be.
+
+  Raises:
+    UserError: a field out of its range.
+  """
+  config = ml_collections.ConfigDict(config).lock()
+  config_lib.check(config, num_devices=jax.device_count())
+  return config
+
+
+def resolve(config) -> None:
+  """Replaces the sentinels that do not depend on another run."""
+  size = config.data.image_size
+  if config.model.stem == "auto":
+    # At 64 pixels the ImageNet stem would leave maps of 2x2.
+    config_lib.set_field(
+      config, "model.stem", "cifar" if size <= 64 else "imagenet"
+    )
+  if config.model.dtype == "auto":
+    config_lib.set_field(config, "model.dtype", _best_dtype())
+  if not config.data.canvas_size:
+    # Crops of a big image are enlarged less if the canvas exceeds the view.
+    canvas = size if size <= 64 else size * 3 // 2
+    config_lib.set_field(config, "data.canvas_size", canvas)
+  if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+    raise UserError(
+      "config.model.dtype=float64 needs the environment variable "
+      "JAX_ENABLE_X64=1."
+    )
+  print(
+    f"{config.stage}: ResNet-{config.model.depth} x{config.model.width:g}, "
+    f"{config.model.stem} stem, {config.model.dtype}, {size} pixels; batch "
+    f"{config.batch_size} over {jax.device_count()} "
+    f"{jax.devices()[0].device_kind} device(s) of {jax.process_count()} "
+    "process(es)",
+    flush=True,
+  )
+
+
+def _best_dtype() -> str:
+  device = jax.local_devices()[0]
+  if device.platform == "tpu":
+    return "bfloat16"
+  if device.platform == "gpu":
+    has_it = float(getattr(device, "compute_capability", "0") or 0) >= 8
+    return "bfloat16" if has_it else "float32"
+  return "float32"
+
+
+def datasets(config) -> tuple[data.Dataset, data.Dataset | None]:
+  """Loads the training and (None without) evaluation images."""
+
+  def load(split):
+    source = sources.make_source(
+      config.data.name, split=split, data_dir=config.data.data_dir
+    )
+    return data.load(source, canvas_size=config.data.canvas_size)
+
+  train = load(config.data.split)
+  test = load(config.data.eval_split) if config.data.eval_split else None
+  return train, test
+
+
+def label_choice(config) -> dict:
+  """Which labels may be used: the arguments of `data.label_subset`.
+
+  Raises:
+    UserError: percent and number a class were both given.
+  """
+  if config.labels_per_class and config.label_percent != 100:
+    raise UserError(
+      f"config.labels_per_class is {config.labels_per_class} and "
+      f"config.label_percent {config.label_percent:g}; give one of the two."
+    )
+  if config.labels_per_class:
+    return {"per_class": config.labels_per_class, "seed": config.seed}
+  return {"percent": config.label_percent, "seed": config.seed}
+
+
+def refuse_few(config, train: data.Dataset) -> None:
+  """Raises UserError where a batch would hold an image twice."""
+  if len(train) < config.batch_size:
+    raise UserError(
+      f"{config.data.name} has {len(train)} images in split "
+      f'"{config.data.split}", fewer than config.batch_size='
+      f"{config.batch_size}; take a smaller batch."
+    )
+
+
+def make_model(config, *, num_classes: int | None, **options):
+  """The network that `config.model` and `config.head` describe."""
+  return models.make_model(
+    depth=config.model.depth,
+    width=config.model.width,
+    sk_ratio=config.model.sk_ratio,
+    stem=config.model.stem,
+    pool_padding=config.model.pool_padding,
+    remat=config.model.remat,
+    conv=config.model.conv,
+    bn_group_size=config.model.bn_group_size,
+    num_layers=config.head.num_layers,
+    dim=config.head.dim,
+    num_classes=num_classes,
+    dtype=jnp.dtype(config.model.dtype),
+    axis_name=parallel.AXIS,
+    **options,
+  )
+
+
+def init(config, model, train: data.Dataset) -> dict:
+  """Random variables {"params", "batch_stats"} as numpy."""
+  size, channels = config.data.image_size, train.images.shape[-1]
+  images = jnp.zeros((2, size, size, channels), config.model.dtype)
+  variables = jax.jit(model.init)(jax.random.key(config.seed), images)
+  return jax.tree.map(np.asarray, variables)
+
+
+def init_state(variables: dict, optimizer) -> loop.TrainState:
+  """The state before step 1, as numpy."""
+  opt_state = jax.jit(optimizer.init)(variables["params"])
+  return loop.TrainState(
+    step=np.asarray(0, np.int32),
+    params=variables["params"],
+    batch_stats=variables["batch_stats"],
+    opt_state=jax.tree.map(np.asarray, opt_state),
+  )
+
+
+def make_schedule(config, num_examples: int, num_steps: int):
+  """The learning rate of each step."""
+  return optimizers.learning_rate_schedule(
+    learning_rate=config.optim.learning_rate,
+    batch_size=config.batch_size,
+    scaling=config.optim.scaling,
+    warmup_steps=config_lib.warmup_steps(config, num_examples),
+    num_steps=num_steps,
+  )
+
+
+def host_batches(config, dataset: data.Dataset, num_steps: int):
+  """Start step -> this host's part of the global batches from there on."""
+
+  def batches(start_step: int):
+    return data.train_batches(
+      dataset,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      start_step=start_step,
+      num_steps=num_steps,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  return batches
+
+
+def result(config, *, protocol: str, metrics: dict, num_steps: int) -> dict:
+  """What result.json holds; accuracies are fractions in [0, 1] or null."""
+  device = jax.devices()[0]
+  return {
+    "stage": config.stage,
+    "dataset": config.data.name,
+    "protocol": protocol,
+    "top1": metrics.get("top1"),
+    "top5": metrics.get("top5"),
+    "num_steps": num_steps,
+    "images_per_second": metrics["images_per_second"],
+    "seconds": metrics["seconds"],
+    "seed": config.seed,
+    "metrics": {
+      k: v
+      for k, v in metrics.items()
+      if k not in ("top1", "top5", "images_per_second", "seconds")
+    },
+    "device": f"{jax.device_count()} x {device.device_kind}",
+    "versions": {
+      name: importlib.metadata.version(name) for name in ("jax", "flax")
+    },
+  }
+
+
+def crop_flip(config):
+  """The views of fine-tuning and distillation: crop and flip."""
+  return functools.partial(
+    augment.crop_flip,
+    size=config.data.image_size,
+    dtype=view_dtype(config),
+    **config.augment,
+  )
+
+
+def view_dtype(config):
+  """float32, or float64 for a network in float64."""
+  return jnp.promote_types(config.model.dtype, jnp.float32)
+
+
+def make_evaluate(config, model, test: data.Dataset | None):
+  """State -> top-1 and top-5 of the classifier, or None without images."""
+  if test is None:
+    return None
+  predict_fn = predict.make_predict(
+    model,
+    size=config.data.image_size,
+    dtype=view_dtype(config),
+    outputs=("logits",),
+  )
+
+  def evaluate(state) -> dict:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    outputs = predict_fn(variables, test, batch_size=config.batch_size)
+    return probes.top_k(outputs["logits"], test.labels)
+
+  return evaluate

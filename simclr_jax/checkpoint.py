@@ -1,0 +1,259 @@
+"""Orbax checkpoints that carry their config, and networks taken from them.
+
+A run's directory holds `checkpoints/<step>/{state,config}`. The state is a tree
+of numpy arrays as one device has it: step, params, batch_stats and opt_state
+(by path, so that no optax class is needed to read it).
+"""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import traverse_util
+
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+
+def _directory(workdir) -> epath.Path:
+  # Orbax notices a relative path only in its writing thread.
+  path = epath.Path(workdir)
+  if "://" not in str(workdir):
+    path = epath.Path(Path(workdir).expanduser().absolute())
+  return path / "checkpoints"
+
+
+def open_manager(workdir, *, keep: int) -> ocp.CheckpointManager:
+  """Opens a run's checkpoints for writing; use it as a context manager.
+
+  Args:
+    workdir: the run's directory.
+    keep: how many of the latest checkpoints stay.
+  """
+  return ocp.CheckpointManager(
+    _directory(workdir),
+    options=ocp.CheckpointManagerOptions(
+      preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=True,
+    ),
+  )
+
+
+def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
+  """Starts an asynchronous, atomic save of one step.
+
+  Args:
+    manager: from `open_manager`.
+    state: step, params, batch_stats, opt_state; numpy leaves.
+    config: the run's resolved config.
+    extra: JSON values kept beside the config (label names, teacher, ...).
+  """
+  tree = dict(state, opt_state=_by_path(state["opt_state"]))
+  described = {"config": config.to_dict(), "extra": extra or {}}
+  manager.save(
+    int(state["step"]),
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(tree), config=ocp.args.JsonSave(described)
+    ),
+  )
+
+
+def _by_path(tree) -> dict:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def restore_latest(manager, target: dict) -> dict | None:
+  """Returns the newest readable state, or None where there is no checkpoint.
+
+  A damaged checkpoint is named in a warning and the one before it is taken.
+
+  Args:
+    manager: from `open_manager`.
+    target: a state of the same structure: step, params, batch_stats, opt_state.
+
+  Raises:
+    UserError: checkpoints exist but none can be read, or the shapes differ.
+  """
+  steps = sorted(manager.all_steps(), reverse=True)
+  for step in steps:
+    try:
+      tree = _read(manager, step)[0]
+    except Exception as error:  # Orbax raises what it likes
+      logging.warning(
+        "checkpoint %s/%d is damaged (%s); trying the one before it",
+        manager.directory,
+        step,
+        str(error).splitlines()[0][:200],
+      )
+      continue
+    where = f"{manager.directory}/{step}"
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(target["opt_state"])
+    restored = tree["opt_state"]
+    opt_state = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    _check_same(opt_state, restored, where=where)
+    for name in ("params", "batch_stats"):
+      _check_same(target[name], tree[name], where=where)
+    return {
+      "step": np.asarray(tree["step"]),
+      "params": tree["params"],
+      "batch_stats": tree["batch_stats"],
+      "opt_state": jax.tree_util.tree_unflatten(
+        treedef, [restored[jax.tree_util.keystr(path)] for path, _ in leaves]
+      ),
+    }
+  if steps:
+    raise UserError(
+      f"no checkpoint under {manager.directory} can be read (steps "
+      f"{steps}); restore one from a copy or start with another --workdir."
+    )
+  return None
+
+
+def _read(manager, step: int) -> tuple[dict, dict]:
+  items = manager.restore(step, args=ocp.args.Composite(
+    state=ocp.args.StandardRestore(), config=ocp.args.JsonRestore()
+  ))
+  state = items["state"]
+  for name in ("params", "batch_stats", "opt_state"):
+    state.setdefault(name, {})
+  return jax.tree.map(np.asarray, state), items["config"]
+
+
+def load(workdir, *, field: str = "checkpoint"):
+  """Reads the latest complete checkpoint of a run.
+
+  Args:
+    workdir: the run's directory.
+    field: the name of the option that gave it, for messages.
+
+  Returns:
+    (config, variables): a locked ConfigDict and numpy arrays {"params",
+    "batch_stats"}.
+
+  Raises:
+    UserError: no such directory, or no checkpoint in it.
+  """
+  config, variables, _ = load_described(workdir, field=field)
+  return config, variables
+
+
+def load_described(workdir, *, field: str = "checkpoint"):
+  """Like `load`, with a third value: a dict about the checkpoint.
+
+  It has what `save` was given as `extra`, and "workdir", "step" and "hash" (of
+  the variables).
+  """
+  directory = _directory(workdir)
+  if not directory.parent.exists():
+    raise UserError(f"{field}: there is no directory {workdir}.")
+  if not directory.exists():
+    raise UserError(
+      f"{field}: {workdir} is not a run's directory: it has no checkpoints/. "
+      "Give the --workdir of an earlier run."
+    )
+  with ocp.CheckpointManager(directory) as manager:
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        tree, described = _read(manager, step)
+        break
+      except Exception as error:  # Orbax raises what it likes
+        logging.warning(
+          "checkpoint %s/%d is damaged (%s); trying the one before it",
+          directory,
+          step,
+          str(error).splitlines()[0][:200],
+        )
+    else:
+      raise UserError(
+        f"{field}: no complete checkpoint under {directory}; "
+        "has that run saved yet?"
+      )
+  config = config_lib.from_json_tree(described["config"])
+  variables = {k: tree[k] for k in ("params", "batch_stats")}
+  about = dict(described["extra"])
+  about |= {"workdir": str(workdir), "step": int(tree["step"])}
+  about["hash"] = _hash(variables)
+  return config, variables, about
+
+
+def _hash(tree) -> str:
+  digest = hashlib.sha256()
+  for name, leaf in sorted(_flatten(tree).items()):
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _check_same(expected, got, *, where: str) -> None:
+  want = {k: np.shape(v) for k, v in _flatten(expected).items()}
+  have = {k: np.shape(v) for k, v in _flatten(got).items()}
+  if problem := _difference(want, have):
+    raise UserError(f"checkpoint {where} does not fit this run: {problem}")
+
+
+def _flatten(tree) -> dict:
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _difference(want: dict, have: dict) -> str:
+  """Describes in one line how two {name: shape} tables differ, or ""."""
+  missing = sorted(want.keys() - have.keys())
+  extra = sorted(have.keys() - want.keys())
+  shapes = [
+    f"{k} has shape {have[k]}, needed {want[k]}"
+    for k in sorted(want.keys() & have.keys())
+    if want[k] != have[k]
+  ]
+
+  def some(names, others):
+    shown = []
+    for name in names[:5]:
+      near = difflib.get_close_matches(name, others, n=1)
+      shown.append(name + (f" (nearest: {near[0]})" if near else ""))
+    return ", ".join(shown) + (f" and {len(names) - 5} more" * (len(names) > 5))
+
+  parts = []
+  if missing:
+    parts.append(f"missing {some(missing, extra)}")
+  if extra:
+    parts.append(f"not expected {some(extra, missing)}")
+  if shapes:
+    parts.append("; ".join(shapes[:5]))
+  return "; ".join(parts)
+
+
+def merge(variables: dict, loaded: dict, *, new=(), where: str) -> dict:
+  """Puts the network of another run into freshly initialised variables.
+
+  Args:
+    variables: {"params", "batch_stats"} of the new network.
+    loaded: the same from a checkpoint.
+    new: top-level names (such as "classifier") that stay as initialised.
+    where: the checkpoint, for the message.
+
+  Returns:
+    Variables of the structure and dtypes of `variables`.
+
+  Raises:
+    UserError: a name is missing or not expected, or a shape differs; all of
+      them in one line.
+  """
+  merged = {}
+  for collection, tree in variables.items():
+    part = {k: v for k, v in tree.items() if k not in new}
+    source = {k: v for k, v in loaded[collection].items() if k in part}
+    want = {k: np.shape(v) for k, v in _flatten(part).items()}
+    have = {k: np.shape(v) for k, v in _flatten(source).items()}
+    if problem := _difference(want, have):
+      raise UserError(f"{where} holds another network: {problem}")
+    cast = jax.tree.map(lambda a, b: np.asarray(b, a.dtype), part, source)
+    merged[collection] = {**tree, **cast}
+  return merged

@@ -1,0 +1,168 @@
+"""The command line of a stage: flags in, exit code out.
+
+  python -m simclr_jax.pretrain --config=pretrain.py:digits --workdir=DIR
+      [--config.optim.learning_rate=0.1 ...]
+
+Exit codes: 0 done, 1 a fault (with its traceback), 2 the user's mistake (one
+line), 143 or 130 stopped by SIGTERM or SIGINT with the state saved.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from simclr_jax import config as config_lib
+from simclr_jax import parallel
+from simclr_jax.config import UserError
+
+_USAGE = """usage: python -m simclr_jax.{stage} --config=RECIPE --workdir=DIR
+
+  --config    configs/{stage}.py:RECIPE, {stage}.py:RECIPE or RECIPE alone,
+              such as {stage}.py:digits; recipes and options are described at
+              the top of {file}
+  --config.FIELD=VALUE    sets any field of the recipe
+  --workdir   where the run is kept; the same command continues it
+"""
+
+
+def run(train_and_evaluate, *, stage: str, argv=None) -> None:
+  """Parses flags, trains, and ends the process with an exit code.
+
+  Args:
+    train_and_evaluate: (config, workdir) -> result.
+    stage: the name of its recipes' file.
+    argv: arguments without the program's name; None is sys.argv's.
+  """
+  try:
+    config, workdir = parse(sys.argv[1:] if argv is None else argv, stage=stage)
+    setup()
+    result = train_and_evaluate(config, workdir)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+  shown = ", ".join(
+    f"{name} {result[name]:.2%}"
+    for name in ("top1", "top5")
+    if result[name] is not None
+  )
+  print(f"{stage} ({result['protocol']}): {shown or 'done'}; see {workdir}")
+
+
+def setup() -> None:
+  """Joins the other hosts, keeps compiled programs, looks at the devices."""
+  parallel.initialize()
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = Path.home() / ".cache" / "simclr_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  if hint := parallel.unused_accelerator():
+    print(f"warning: {hint}", file=sys.stderr, flush=True)
+
+
+def parse(argv: list[str], *, stage: str):
+  """Returns (config, workdir) for the arguments of a stage's command.
+
+  Raises:
+    UserError: an unknown flag, recipe or field, or a value of a wrong type.
+    SystemExit: after printing the help that was asked for.
+  """
+  argv = _joined(argv)
+  if {"--help", "-h", "-help"} & set(argv):
+    print(_USAGE.format(stage=stage, file=_recipe_files(stage)[0]))
+    sys.exit(0)
+  values = dict(arg[2:].partition("=")[::2] for arg in argv)
+  fields = {k: v for k, v in values.items() if k.startswith("config.")}
+  allowed = ("config", "workdir", "help")
+  for name in values.keys() - fields.keys() - set(allowed):
+    raise UserError(
+      f"unknown flag --{name}{config_lib.nearest(name, allowed)} Flags: "
+      "--config, --config.FIELD, --workdir."
+    )
+  for name in ("config", "workdir"):
+    if not values.get(name):
+      raise UserError(
+        f"--{name} is missing; for example: python -m simclr_jax.{stage} "
+        f"--config={stage}.py:digits --workdir=runs/{stage}"
+      )
+  path, recipe = find_recipe(values["config"], stage=stage)
+  _check_fields(path, recipe, fields, stage=stage)
+  flag_values = flags.FlagValues()
+  config_argv = [stage, f"--config={path}:{recipe}"]
+  config_argv += [f"--{name}={value}" for name, value in fields.items()]
+  config = config_flags.DEFINE_config_file(
+    "config", flag_values=flag_values, sys_argv=config_argv
+  )
+  try:
+    flag_values(config_argv)
+    return config.value, values["workdir"]
+  except (flags.Error, TypeError, ValueError, SyntaxError) as error:
+    raise UserError(" ".join(str(error).split())) from None
+
+
+def _joined(argv: list[str]) -> list[str]:
+  """Turns "--flag value" and "-flag" into "--flag=value" and "--flag"."""
+  joined = []
+  for arg in argv:
+    if arg.startswith("-"):
+      joined.append("--" + arg.lstrip("-"))
+    elif joined and "=" not in joined[-1]:
+      joined[-1] += f"={arg}"
+    else:
+      raise UserError(f'"{arg}" is not a flag; flags begin with --.')
+  return joined
+
+
+def _recipe_files(stage: str) -> list[Path]:
+  package = Path(__file__).resolve().parent
+  # The wheel has them inside, a checkout beside the package.
+  folders = (package / "configs", package.parent / "configs")
+  return [d / f"{stage}.py" for d in folders if (d / f"{stage}.py").exists()]
+
+
+def find_recipe(text: str, *, stage: str) -> tuple[str, str]:
+  """Splits --config into the file and the recipe.
+
+  A file that is not there under the given path is looked for among the
+  package's own; a name without ".py" is a recipe of the stage's file.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  file, _, recipe = text.partition(":")
+  if not file.endswith(".py"):
+    return str(_recipe_files(stage)[0]), text
+  path = Path(file).expanduser()
+  if path.exists():
+    return str(path), recipe
+  for own in _recipe_files(path.stem):
+    return str(own), recipe
+  raise UserError(
+    f"--config: there is no file {file}; the package's own are pretrain.py, "
+    "finetune.py and distill.py, such as --config="
+    f"{stage}.py:digits."
+  )
+
+
+def _check_fields(path: str, recipe: str, fields: dict, *, stage: str) -> None:
+  """Names a mistyped field; ml_collections would only say it is unknown."""
+  spec = importlib.util.spec_from_file_location("recipe", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(recipe) if recipe else module.get_config()
+  if config.stage != stage:
+    raise UserError(
+      f"--config: {path} is for simclr_jax.{config.stage}, this is "
+      f"simclr_jax.{stage}."
+    )
+  known = config_lib.flat(config)
+  for field in fields:
+    name = field.removeprefix("config.")
+    if name not in known:
+      raise UserError(
+        f"unknown field --{field}{config_lib.nearest(name, list(known))} "
+        f"All of them are in {path}."
+      )

@@ -1,0 +1,226 @@
+"""Recipes and their checks: the arguments of a recipe, derived fields, errors.
+
+A config is a locked `ml_collections.ConfigDict` in which every field is
+present. The sentinels 0, "" and "auto" mean "derived"; `resolve` and the stages
+replace them, and `config.json` of a run holds the resolved values.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+
+
+class UserError(ValueError):
+  """A mistake of the user's: shown as one line, the process exits with 2."""
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+  """Returns '; did you mean "x"?' for a close match of `name`, else ""."""
+  close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+  return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def parse_arg(
+  arg: str, *, recipes: Sequence[str], **options
+) -> tuple[str, ml_collections.ConfigDict]:
+  """Splits "recipe,key=value,flag" into the recipe and its typed options.
+
+  Args:
+    arg: what follows the colon in `--config=configs/pretrain.py:arg`. A bare
+      key of a boolean option means true.
+    recipes: the names allowed for the first part; the first one is the default
+      for an empty `arg`.
+    **options: name -> default; a value given is cast to the type of its
+      default.
+
+  Returns:
+    The recipe's name and a ConfigDict with every option.
+
+  Raises:
+    UserError: an unknown recipe or option, or a value of the wrong type.
+
+  >>> parse_arg("cifar10,labels=10", recipes=["digits", "cifar10"], labels=1.0)
+  ('cifar10', labels: 10.0
+  )
+  """
+  recipe, *parts = arg.split(",") if arg else [recipes[0]]
+  if recipe not in recipes:
+    raise UserError(
+      f'unknown recipe "{recipe}"{nearest(recipe, recipes)} '
+      f"Recipes: {', '.join(recipes)}."
+    )
+  values = dict(options)
+  for part in parts:
+    name, equals, text = part.partition("=")
+    if name not in options:
+      raise UserError(
+        f'recipe "{recipe}" has no option "{name}"'
+        f"{nearest(name, list(options))} Options: {', '.join(options)}."
+      )
+    default = options[name]
+    if not equals and isinstance(default, bool):
+      values[name] = True
+      continue
+    try:
+      values[name] = (
+        {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if isinstance(default, bool)
+        else type(default)(text)
+      )
+    except (KeyError, ValueError):
+      raise UserError(
+        f'recipe option {name} takes {type(default).__name__}, got "{text}".'
+      ) from None
+  return recipe, ml_collections.ConfigDict(values)
+
+
+def flat(config: Mapping) -> dict:
+  """Returns {"optim.name": value, ...} for a nested config."""
+  items = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      items |= {f"{key}.{k}": v for k, v in flat(value).items()}
+    else:
+      items[key] = value
+  return items
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """Returns the config as indented JSON text (tuples become lists)."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
+  """Rebuilds a locked config from JSON values (lists become tuples)."""
+
+  def tuples(value):
+    if isinstance(value, Mapping):
+      return {k: tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  return ml_collections.ConfigDict(tuples(tree)).lock()
+
+
+def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
+  """Steps of a run: `config.num_steps`, or the official N * E // B + 1.
+
+  Source: google-research/simclr, model_util.get_train_steps.
+  """
+  if config.num_steps:
+    return config.num_steps
+  return int(num_examples * config.num_epochs // config.batch_size) + 1
+
+
+def warmup_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
+  """Warm-up steps: int(round(epochs * N // B)), as in model_util.py."""
+  epochs = config.optim.warmup_epochs
+  return int(round(epochs * num_examples // config.batch_size))
+
+
+_POSITIVE = (
+  "batch_size",
+  "loss.temperature",
+  "log_every_steps",
+  "checkpoint_every_steps",
+  "eval_every_steps",
+  "keep_checkpoints",
+)
+_NOT_NEGATIVE = (
+  "seed",
+  "num_epochs",
+  "num_steps",
+  "data.image_size",
+  "data.canvas_size",
+  "optim.learning_rate",
+  "optim.warmup_epochs",
+  "optim.weight_decay",
+  "label_percent",
+  "labels_per_class",
+  "model.width",
+  "loss.label_weight",
+)
+_CHOICES = {
+  "model.dtype": ("auto", "float32", "bfloat16", "float64"),
+  "model.stem": ("auto", "imagenet", "cifar"),
+  "model.conv": ("auto", "xla", "cpu"),
+  "model.pool_padding": ("auto", "same", "torch"),
+  "optim.name": ("lars", "momentum", "adam"),
+  "optim.scaling": ("linear", "sqrt", "none"),
+}
+
+
+def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
+  """Checks every field that can be checked before data is read.
+
+  Raises:
+    UserError: the first mistake found.
+  """
+  fields = flat(config)
+  for name in _POSITIVE:
+    if name in fields and not fields[name] > 0:
+      raise UserError(f"config.{name} must be above 0, got {fields[name]}.")
+  for name in _NOT_NEGATIVE:
+    if name in fields and fields[name] < 0:
+      raise UserError(f"config.{name} must not be negative: {fields[name]}.")
+  for name, allowed in _CHOICES.items():
+    if name in fields and fields[name] not in allowed:
+      raise UserError(
+        f"config.{name} must be one of {', '.join(allowed)}; got "
+        f'"{fields[name]}"{nearest(str(fields[name]), allowed)}'
+      )
+  if config.num_epochs <= 0 and config.num_steps <= 0:
+    raise UserError("config.num_epochs or config.num_steps must be above 0.")
+  if config.batch_size % num_devices:
+    divisible = max(config.batch_size // num_devices, 1) * num_devices
+    raise UserError(
+      f"config.batch_size is {config.batch_size}, which {num_devices} devices "
+      f"do not divide; take {divisible}, for example."
+    )
+
+
+def fill(config: ml_collections.ConfigDict, values: Mapping, names) -> None:
+  """Sets those of the fields `names` that still hold their sentinel.
+
+  Args:
+    config: changed in place.
+    values: flat fields, "model.depth" -> value.
+    names: the fields to resolve.
+  """
+  mine = flat(config)
+  for name in names:
+    if is_derived(mine[name]):
+      set_field(config, name, values[name])
+
+
+def inherit(
+  config: ml_collections.ConfigDict, values: Mapping, names, *, where: str
+) -> None:
+  """Like `fill`, but fields that were given must agree with `values`.
+
+  Raises:
+    UserError: one differs; `where` says in the message whose values they are.
+  """
+  fill(config, values, names)
+  mine = flat(config)
+  for name in names:
+    if mine[name] != values[name]:
+      raise UserError(
+        f"config.{name} is {mine[name]}, but {where} has {values[name]}; "
+        "leave the field out, it comes from there."
+      )
+
+
+def is_derived(value) -> bool:
+  """Whether a field holds a sentinel: its value comes from elsewhere."""
+  return not isinstance(value, bool) and value in (0, -1, "", "auto")
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, value) -> None:
+  """Sets the field with a dotted name, also in a locked config."""
+  *parents, leaf = name.split(".")
+  for parent in parents:
+    config = config[parent]
+  with config.unlocked():
+    config[leaf] = value

@@ -1,0 +1,210 @@
+"""Distillation: a fine-tuned teacher labels images, a student learns them.
+
+  python -m simclr_jax.distill --config=distill.py:digits --workdir=DIR
+      --config.teacher=DIR
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax import (
+  build,
+  checkpoint,
+  cli,
+  data,
+  loop,
+  losses,
+  optimizers,
+  parallel,
+)
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+
+def train_step(
+  state,
+  batch,
+  key,
+  teacher_variables,
+  *,
+  model,
+  teacher,
+  optimizer,
+  view_fn,
+  distillation_fn,
+  label_weight,
+):
+  """One step on one device's part of the batch (2006.10029, eq. 2 and 3).
+
+  Args:
+    state: a `loop.TrainState`, of the student.
+    batch: "image" uint8 [n, S, S, C], "size" int32 [n, 2] and "label" int32
+      [n], -1 where unknown.
+    key: the run's key.
+    teacher_variables: {"params", "batch_stats"}.
+    model: the student.
+    teacher: the teacher's network, used in inference mode on the same view.
+    optimizer: an optax transformation.
+    view_fn: (key, images, index=, sizes=) -> [n, H, H, C].
+    distillation_fn: (student_logits, teacher_logits) -> loss.
+    label_weight: w of (1 - w) * distillation + w * supervised loss.
+
+  Returns:
+    The next state, and metrics that are equal on all devices.
+  """
+  images = view_fn(
+    jax.random.fold_in(key, state.step),
+    batch["image"],
+    index=parallel.global_index(batch["image"].shape[0]),
+    sizes=batch["size"],
+  )
+  teacher_logits = teacher.apply(teacher_variables, images)["logits"]
+
+  def loss_fn(params):
+    outputs, updated = model.apply(
+      {"params": params, "batch_stats": state.batch_stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+    )
+    logits = outputs["logits"]
+    loss = distillation_fn(logits, teacher_logits)
+    metrics = {"distillation_loss": loss}
+    agrees = jnp.argmax(logits, 1) == jnp.argmax(teacher_logits, 1)
+    metrics["agreement"] = jnp.mean(agrees, dtype=logits.dtype)
+    if label_weight:
+      supervised, _ = losses.supervised_loss(
+        logits, batch["label"], axis_name=parallel.AXIS
+      )
+      loss = (1 - label_weight) * loss + label_weight * supervised
+      metrics["supervised_loss"] = supervised
+    metrics["loss"] = loss
+    return loss, (metrics, updated["batch_stats"])
+
+  grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+  grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
+  return state.apply_gradients(optimizer, grads, batch_stats), metrics
+
+
+def train_and_evaluate(config, workdir) -> dict:
+  """Distils the teacher into a student as `config` says and evaluates it.
+
+  Args:
+    config: see configs/distill.py.
+    workdir: the run's directory; a run there is continued.
+
+  Returns:
+    What result.json holds.
+
+  Raises:
+    UserError: a mistake in the config, the data or the teacher.
+  """
+  config = build.start(config)
+  if not config.teacher:
+    raise UserError(
+      "config.teacher is empty; give the directory of a fine-tuned run: "
+      "--config.teacher=DIR."
+    )
+  taught, teacher_variables, about = checkpoint.load_described(
+    config.teacher, field="config.teacher"
+  )
+  if "classifier" not in teacher_variables["params"] or (
+    taught.stage == "pretrain"
+  ):
+    raise UserError(
+      f"config.teacher: {config.teacher} holds a {taught.stage} run, which has "
+      "no classifier to learn from; fine-tune it first."
+    )
+  _resolve_student(config, taught)
+  build.resolve(config)
+  train, test = build.datasets(config)
+  build.refuse_few(config, train)
+  if len(about["label_names"]) != train.num_classes:
+    raise UserError(
+      f"config.teacher: {config.teacher} knows {len(about['label_names'])} "
+      f"classes, {config.data.name} has {train.num_classes}."
+    )
+  if config.loss.label_weight:
+    train = _hide_labels(train, about["labels_used"])
+  num_steps = config_lib.num_steps(config, len(train))
+  loop.claim(config, workdir)
+  if done := loop.finished(workdir, num_steps):
+    return done
+
+  teacher = build.make_model(
+    taught, num_classes=train.num_classes, head_layer=taught.head_layer
+  )
+  model = build.make_model(
+    config, num_classes=train.num_classes, head_layer=config.head_layer
+  )
+  variables = build.init(config, model, train)
+  if config.pretrained:
+    _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
+    variables = checkpoint.merge(
+      variables, loaded, new=("classifier",), where=config.pretrained
+    )
+  optimizer = optimizers.make_optimizer(
+    config.optim.name,
+    learning_rate=build.make_schedule(config, len(train), num_steps),
+    weight_decay=config.optim.weight_decay,
+  )
+  step_fn = functools.partial(
+    train_step,
+    model=model,
+    teacher=teacher,
+    optimizer=optimizer,
+    view_fn=build.crop_flip(config),
+    distillation_fn=functools.partial(
+      losses.distillation_loss,
+      temperature=config.loss.temperature,
+      scale_by_temperature=config.loss.scale_by_temperature,
+    ),
+    label_weight=config.loss.label_weight,
+  )
+  _, metrics = loop.run(
+    build.init_state(variables, optimizer),
+    step_fn,
+    build.host_batches(config, train, num_steps),
+    config=config,
+    workdir=workdir,
+    num_steps=num_steps,
+    evaluate=build.make_evaluate(config, model, test),
+    constants=(teacher_variables,),
+    extra={
+      "label_names": list(train.label_names),
+      "labels_used": about["labels_used"],
+      "teacher": {k: about[k] for k in ("workdir", "step", "hash")},
+    },
+  )
+  return loop.write_result(
+    workdir,
+    build.result(
+      config, protocol="distill", metrics=metrics, num_steps=num_steps
+    ),
+  )
+
+
+def _resolve_student(config, taught) -> None:
+  """Fields of the student that were not given are the teacher's."""
+  where = f"the teacher {config.teacher}"
+  theirs = config_lib.flat(taught)
+  config_lib.inherit(config, theirs, build.VIEW, where=where)
+  config_lib.fill(config, theirs, (*build.ENCODER, *build.HEAD, "head_layer"))
+
+
+def _hide_labels(train, used: dict):
+  """Keeps the labels that the teacher was trained on, makes others -1."""
+  labels = np.full_like(train.labels, -1)
+  chosen = data.label_subset(
+    train.labels, label_names=train.label_names, **used
+  )
+  labels[chosen] = train.labels[chosen]
+  return dataclasses.replace(train, labels=labels)
+
+
+if __name__ == "__main__":
+  cli.run(train_and_evaluate, stage="distill")

@@ -1,0 +1,196 @@
+"""Fine-tuning on few labels, from any layer of the head; linear evaluation.
+
+  python -m simclr_jax.finetune --config=finetune.py:digits,labels=10
+      --workdir=DIR --config.pretrained=DIR
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from simclr_jax import (
+  build,
+  checkpoint,
+  cli,
+  data,
+  loop,
+  losses,
+  models,
+  optimizers,
+  parallel,
+)
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+
+def train_step(state, batch, key, *, model, optimizer, view_fn):
+  """One step on one device's part of the batch; see `pretrain.train_step`.
+
+  Args:
+    state: a `loop.TrainState`.
+    batch: "image" uint8 [n, S, S, C], "size" int32 [n, 2], "label" int32 [n].
+    key: the run's key.
+    model: from `models.make_model`, with classes.
+    optimizer: an optax transformation.
+    view_fn: (key, images, index=, sizes=) -> [n, H, H, C].
+
+  Returns:
+    The next state, and metrics that are equal on all devices.
+  """
+  images = view_fn(
+    jax.random.fold_in(key, state.step),
+    batch["image"],
+    index=parallel.global_index(batch["image"].shape[0]),
+    sizes=batch["size"],
+  )
+
+  def loss_fn(params):
+    outputs, updated = model.apply(
+      {"params": params, "batch_stats": state.batch_stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+    )
+    loss, metrics = losses.supervised_loss(
+      outputs["logits"], batch["label"], axis_name=parallel.AXIS
+    )
+    metrics = {"loss": loss, "accuracy": metrics["supervised_accuracy"]}
+    return loss, (metrics, updated["batch_stats"])
+
+  grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+  grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
+  return state.apply_gradients(optimizer, grads, batch_stats), metrics
+
+
+def train_and_evaluate(config, workdir) -> dict:
+  """Trains a classifier as `config` says and evaluates it.
+
+  Args:
+    config: see configs/finetune.py.
+    workdir: the run's directory; a run there is continued.
+
+  Returns:
+    What result.json holds.
+
+  Raises:
+    UserError: a mistake in the config, the data or the checkpoint.
+  """
+  config = build.start(config)
+  loaded = _resolve_network(config)
+  build.resolve(config)
+  train, test = build.datasets(config)
+  used = build.label_choice(config)
+  train = train.select(
+    data.label_subset(train.labels, label_names=train.label_names, **used)
+  )
+  num_steps = config_lib.num_steps(config, len(train))
+  loop.claim(config, workdir)
+  if done := loop.finished(workdir, num_steps):
+    return done
+
+  linear = config.freeze_after_block == 4
+  model = build.make_model(
+    config,
+    num_classes=train.num_classes,
+    head_layer=config.head_layer,
+    freeze_after_block=config.freeze_after_block,
+    zero_init_classifier=True,
+  )
+  variables = build.init(config, model, train)
+  if loaded is not None:
+    variables = checkpoint.merge(
+      variables, loaded, new=("classifier",), where=config.pretrained
+    )
+  optimizer = optimizers.make_optimizer(
+    config.optim.name,
+    learning_rate=build.make_schedule(config, len(train), num_steps),
+    weight_decay=config.optim.weight_decay,
+    trainable=models.trainable(
+      variables["params"],
+      freeze_after_block=config.freeze_after_block,
+      train_head_layer=config.train_head_layer,
+      head_layer=config.head_layer,
+    ),
+  )
+  state, metrics = loop.run(
+    build.init_state(variables, optimizer),
+    functools.partial(
+      train_step,
+      model=model,
+      optimizer=optimizer,
+      view_fn=build.crop_flip(config),
+    ),
+    build.host_batches(config, train, num_steps),
+    config=config,
+    workdir=workdir,
+    num_steps=num_steps,
+    evaluate=build.make_evaluate(config, model, test),
+    anchors={
+      "loss": f"uniform {np.log(train.num_classes):.4g}",
+      "accuracy": f"chance {1 / train.num_classes:.2g}",
+    },
+    extra={
+      "label_names": list(train.label_names),
+      "labels_used": used,
+    },
+  )
+  if linear:
+    _assert_encoder_unchanged(variables, state)
+  return loop.write_result(
+    workdir,
+    build.result(
+      config,
+      protocol=_protocol(config),
+      metrics=dict(metrics, num_labels=len(train)),
+      num_steps=num_steps,
+    ),
+  )
+
+
+def _resolve_network(config) -> dict | None:
+  """Takes network and view from the checkpoint; returns its variables."""
+  names = (*build.ENCODER, *build.HEAD, *build.VIEW)
+  if not config.pretrained:
+    scratch = {name: config.scratch[name.split(".")[1]] for name in names}
+    config_lib.fill(config, scratch, names)
+    print("finetune: config.pretrained is empty, so training from scratch")
+    return None
+  stored, loaded = checkpoint.load(
+    config.pretrained, field="config.pretrained"
+  )
+  where = f"the checkpoint {config.pretrained}"
+  config_lib.inherit(config, config_lib.flat(stored), names, where=where)
+  if config.head_layer > config.head.num_layers:
+    raise UserError(
+      f"config.head_layer is {config.head_layer}, but the head in {where} has "
+      f"{config.head.num_layers} layers; allowed are 0 (h, before the head) to "
+      f"{config.head.num_layers}."
+    )
+  return loaded
+
+
+def _protocol(config) -> str:
+  kind = "finetune" if config.pretrained else "supervised"
+  if config.freeze_after_block == 4:
+    kind = "linear"
+  if config.labels_per_class:
+    return f"{kind} {config.labels_per_class} per class"
+  if config.label_percent == 100 and kind == "linear":
+    return kind
+  return f"{kind} {config.label_percent:g}%"
+
+
+def _assert_encoder_unchanged(variables: dict, state) -> None:
+  before = {"p": variables["params"], "b": variables["batch_stats"]}
+  after = {"p": state.params, "b": state.batch_stats}
+  for kind in before:
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      before[kind]["encoder"],
+      after[kind]["encoder"],
+    )
+
+
+if __name__ == "__main__":
+  cli.run(train_and_evaluate, stage="finetune")

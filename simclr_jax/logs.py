@@ -1,0 +1,155 @@
+"""What a run leaves behind and what a person sees while it trains."""
+
+import importlib.util
+import json
+import sys
+import time
+
+from etils import epath
+
+
+class MetricsWriter:
+  """metrics.jsonl, one JSON object a line with "step", and TensorBoard events.
+
+  A run that continues from step s keeps the lines up to s and cuts what comes
+  after, and a line torn by the kill: the file ends up as if nothing had
+  happened. TensorBoard events need the extra `tensorboard`.
+  """
+
+  def __init__(self, workdir, start: int):
+    """Opens the files of a run that (re)starts after `start` steps."""
+    self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._remote = "://" in str(workdir)  # object stores cannot append
+    self._lines = _lines_until(self._path, start)
+    self._path.write_text("".join(self._lines))
+    self._file = None if self._remote else open(self._path, "a")  # noqa: SIM115
+    self._events = None
+    if importlib.util.find_spec("tensorboardX"):
+      import tensorboardX  # noqa: PLC0415: an extra
+
+      self._events = tensorboardX.SummaryWriter(
+        str(workdir), purge_step=start + 1 if start else None
+      )
+
+  def write(self, step: int, values: dict) -> None:
+    """Adds one line; `values` are floats, None is left out."""
+    values = {k: v for k, v in values.items() if v is not None}
+    line = json.dumps({"step": step, **values}) + "\n"
+    if self._remote:
+      self._lines.append(line)
+    else:
+      self._file.write(line)
+      self._file.flush()
+    if self._events:
+      for name, value in values.items():
+        self._events.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    """Makes everything written so far durable; called before each save."""
+    if self._remote:
+      self._path.write_text("".join(self._lines))
+    if self._events:
+      self._events.flush()
+
+  def close(self) -> None:
+    self.flush()
+    if self._file:
+      self._file.close()
+    if self._events:
+      self._events.close()
+
+
+def _lines_until(path, step: int) -> list[str]:
+  if not step or not path.exists():
+    return []
+  kept = []
+  for line in path.read_text().splitlines(keepends=True):
+    try:
+      if json.loads(line)["step"] > step or not line.endswith("\n"):
+        break
+    except ValueError:
+      break
+    kept.append(line)
+  return kept
+
+
+class Progress:
+  """A bar in a terminal or notebook, plain lines elsewhere."""
+
+  def __init__(
+    self, start: int, num_steps: int, *, batch_size: int, quiet=False
+  ):
+    self._num_steps, self._batch_size = num_steps, batch_size
+    self._bar = None
+    if not quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+      from tqdm import auto  # noqa: PLC0415: slow to import in a notebook
+
+      self._bar = auto.tqdm(
+        total=num_steps, initial=start, unit="step", dynamic_ncols=True
+      )
+    self._mark = None  # (time, step) after the step that compiled
+    self._total = [0.0, 0]  # seconds and images of all timed steps
+    self._paused = 0.0
+
+  def advance(self, step: int) -> None:
+    """Counts one step whose metrics have been read."""
+    if self._mark is None:
+      self._mark = (time.perf_counter(), step)
+    if self._bar is not None:
+      self._bar.update(1)
+
+  def pause(self):
+    """A context manager: its time does not count as training."""
+    return _Pause(self)
+
+  def rate(self, step: int) -> float | None:
+    """Images/s since the last call; None where no whole step was timed."""
+    now = time.perf_counter()
+    then, since = self._mark
+    if step == since:
+      return None
+    seconds = now - then - self._paused
+    images = (step - since) * self._batch_size
+    self._mark, self._paused = (now, step), 0.0
+    self._total[0] += seconds
+    self._total[1] += images
+    return round(images / max(seconds, 1e-9), 1)
+
+  @property
+  def mean_rate(self) -> float | None:
+    seconds, images = self._total
+    return round(images / seconds, 1) if images else None
+
+  def show(self, step: int, values: dict, anchors: dict, rate) -> None:
+    """Prints the main numbers of a step beside what ignorance would give."""
+    parts = [f"step {step}/{self._num_steps}"]
+    for name in ("loss", "contrastive_accuracy", "accuracy"):
+      if name in values:
+        anchor = f" ({anchors[name]})" if name in anchors else ""
+        parts.append(f"{name.replace('_', ' ')} {values[name]:.4g}{anchor}")
+    if rate:
+      left = int((self._num_steps - step) * self._batch_size / rate)
+      parts += [f"{rate:.0f} images/s", f"{left // 60}:{left % 60:02d} left"]
+    self.say(", ".join(parts))
+
+  def say(self, text: str) -> None:
+    """Prints a line above the bar."""
+    if self._bar is not None:
+      self._bar.write(text)
+    else:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+class _Pause:
+  def __init__(self, progress: Progress):
+    self._progress = progress
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+
+  def __exit__(self, *exc):
+    self._progress._paused += time.perf_counter() - self._start  # noqa: SLF001

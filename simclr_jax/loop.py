@@ -1,0 +1,264 @@
+"""The training loop that all stages share: log, evaluate, save, resume, stop.
+
+What happens at step t depends on t alone, never on when the run was started:
+batch t, the random numbers of step t, the lines of metrics.jsonl and the saves.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import flax
+import jax
+import numpy as np
+import optax
+from etils import epath
+
+from simclr_jax import checkpoint, logs, parallel, signals
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What training changes; everything else is a pure function of `step`."""
+
+  step: jax.Array
+  params: dict
+  batch_stats: dict
+  opt_state: tuple
+
+  def apply_gradients(self, optimizer, grads, batch_stats) -> "TrainState":
+    """Returns the state after one update of an optax `optimizer`."""
+    updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+    return self.replace(
+      step=self.step + 1,
+      params=optax.apply_updates(self.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+    )
+
+
+# A run may be continued with another value of these.
+_MAY_CHANGE = (
+  "data.data_dir",
+  "log_every_steps",
+  "eval_every_steps",
+  "checkpoint_every_steps",
+  "keep_checkpoints",
+)
+_LENGTH = ("num_epochs", "num_steps")
+
+
+def claim(config, workdir) -> None:
+  """Writes config.json into the run's directory, or checks what is there.
+
+  Raises:
+    UserError: the directory cannot be written, or holds another run.
+  """
+  workdir = epath.Path(workdir)
+  file = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+      stored = config_lib.from_json_tree(json.loads(file.read_text()))
+      _check_same_run(config_lib.flat(config), config_lib.flat(stored), workdir)
+    if jax.process_index() == 0:
+      file.write_text(config_lib.to_json(config))
+  except OSError as error:
+    raise UserError(
+      f"--workdir={workdir} cannot be written: {error.strerror or error}."
+    ) from None
+
+
+def _check_same_run(mine: dict, stored: dict, workdir) -> None:
+  changed = [
+    name
+    for name in sorted(mine.keys() | stored.keys())
+    if mine.get(name) != stored.get(name) and name not in _MAY_CHANGE
+  ]
+  length = [name for name in changed if name in _LENGTH]
+  if len(length) < len(changed):
+    shown = "; ".join(
+      f"config.{name} was {stored.get(name)!r}, is {mine.get(name)!r}"
+      for name in changed
+    )
+    raise UserError(
+      f"--workdir={workdir} holds another run: {shown}. Give the values it "
+      "has, or take another --workdir."
+    )
+  if length:
+    print(
+      f"warning: {' and '.join(length)} changed, so the learning rate of the "
+      "steps that remain follows another curve than before."
+    )
+
+
+def finished(workdir, num_steps: int) -> dict | None:
+  """Returns the result of a run that is already complete, else None."""
+  file = epath.Path(workdir) / "result.json"
+  if not file.exists():
+    return None
+  result = json.loads(file.read_text())
+  if result["num_steps"] != num_steps:
+    return None
+  print(f"{workdir} is complete: {num_steps} steps", flush=True)
+  return result
+
+
+def run(
+  state: TrainState,
+  step_fn: Callable,
+  batches: Callable[[int], Iterator[dict]],
+  *,
+  config,
+  workdir,
+  num_steps: int,
+  evaluate: Callable[[TrainState], dict] | None = None,
+  constants: tuple = (),
+  anchors: dict | None = None,
+  extra: dict | None = None,
+) -> tuple[TrainState, dict]:
+  """Trains to `num_steps`, continuing from the latest checkpoint.
+
+  Args:
+    state: the initial state as numpy, not replicated.
+    step_fn: (state, batch, key, *constants) -> (state, metrics) on one device,
+      inside the axis `parallel.AXIS`; metrics are reduced scalars with "loss".
+    batches: start step -> this host's batches from that step on, numpy.
+    config: the resolved config; its seed makes the key.
+    workdir: the run's directory.
+    num_steps: where training ends.
+    evaluate: replicated state -> dict of floats, called every
+      `eval_every_steps` and at the end.
+    constants: further arguments of the step, one device's copy (a teacher).
+    anchors: metric -> text about a network that knows nothing, shown beside it.
+    extra: JSON values saved with each checkpoint.
+
+  Returns:
+    The final state (numpy) and a dict with the last evaluation,
+    "images_per_second" and "seconds".
+
+  Raises:
+    UserError: the loss is no longer finite.
+    SystemExit: stopped by a signal, after saving.
+  """
+  begin = time.perf_counter()
+  manager = checkpoint.open_manager(workdir, keep=config.keep_checkpoints)
+  with manager, signals.StopSignal() as stop:
+    restored = checkpoint.restore_latest(manager, vars(state))
+    if restored is not None:
+      state = TrainState(**restored)
+      print(f"continuing from step {int(state.step)} in {workdir}", flush=True)
+    start = int(state.step)
+    log = _Log(workdir, start, num_steps, config, anchors or {})
+    mapped = parallel.pmap(_with_stop(step_fn), donate_argnums=0)
+    state = parallel.replicate(state)
+    key = parallel.replicate(jax.random.key(config.seed))
+    constants = parallel.replicate(constants)
+    stream = parallel.prefetch(batches(start))
+    evaluated = unread = None
+    try:
+      for step in range(start + 1, num_steps + 1):
+        flag = parallel.replicate(np.int32(stop.requested))
+        state, metrics = mapped(state, next(stream), key, flag, *constants)
+        # While the device works on this step, read the one before.
+        stopping = unread is not None and log.read(*unread)
+        unread = (step, metrics)
+        last = step == num_steps
+        save = last or stopping or step % config.checkpoint_every_steps == 0
+        evaluating = last or step % config.eval_every_steps == 0
+        if save or evaluating:
+          stopping = log.read(*unread) or stopping
+          unread = None
+          save = save or stopping
+        stop.running = True  # compiled: from here on a signal saves first
+        if evaluating and evaluate:
+          evaluated = log.evaluation(step, evaluate, state)
+        if save:
+          with log.progress.pause():
+            log.flush()
+            host_state = vars(parallel.unreplicate(state))
+            checkpoint.save(manager, host_state, config, extra=extra)
+        if stopping and not last:
+          manager.wait_until_finished()
+          print(f"stopped by a signal at step {step}, saved", flush=True)
+          raise SystemExit(stop.exit_code or 143)
+      if evaluate and not evaluated:  # killed between the last save and here
+        evaluated = evaluate(state)
+      state = parallel.unreplicate(state)
+    finally:
+      log.close()
+  return state, dict(
+    evaluated or {},
+    images_per_second=log.progress.mean_rate,
+    seconds=round(time.perf_counter() - begin, 1),
+  )
+
+
+def _with_stop(step_fn):
+  """Adds the stop flag to the metrics, so that all hosts leave at one step."""
+
+  def step(state, batch, key, stop, *constants):
+    state, metrics = step_fn(state, batch, key, *constants)
+    return state, dict(metrics, stop=jax.lax.pmax(stop, parallel.AXIS))
+
+  return step
+
+
+class _Log:
+  """Reads the metrics of a step, checks them, passes them on (host 0)."""
+
+  def __init__(self, workdir, start: int, num_steps: int, config, anchors):
+    self._num_steps, self._every = num_steps, config.log_every_steps
+    self._anchors = anchors
+    self._host0 = jax.process_index() == 0
+    self._writer = logs.MetricsWriter(workdir, start) if self._host0 else None
+    self.progress = logs.Progress(
+      start, num_steps, batch_size=config.batch_size, quiet=not self._host0
+    )
+
+  def read(self, step: int, metrics: dict) -> bool:
+    """Waits for the step; returns whether any host was asked to stop."""
+    values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
+    stopping = bool(values.pop("stop"))
+    if not math.isfinite(values["loss"]):
+      raise UserError(
+        f"the loss is {values['loss']} at step {step}; checkpoints before it "
+        "are intact. Try a lower config.optim.learning_rate, a longer "
+        "config.optim.warmup_epochs or a higher config.loss.temperature."
+      )
+    self.progress.advance(step)
+    if step in (1, self._num_steps) or step % self._every == 0:
+      rate = self.progress.rate(step)
+      if self._host0:
+        self._writer.write(step, values | {"images_per_second": rate})
+        self.progress.show(step, values, self._anchors, rate)
+    return stopping
+
+  def evaluation(self, step: int, evaluate, state) -> dict:
+    with self.progress.pause():
+      values = evaluate(state)
+    if self._host0:
+      self._writer.write(step, {f"eval_{k}": v for k, v in values.items()})
+      shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+      self.progress.say(f"step {step}/{self._num_steps} evaluation: {shown}")
+    return values
+
+  def flush(self) -> None:
+    if self._host0:
+      self._writer.flush()
+
+  def close(self) -> None:
+    self.progress.close()
+    if self._host0:
+      self._writer.close()
+
+
+def write_result(workdir, result: dict) -> dict:
+  """Writes result.json (host 0) and returns `result`."""
+  if jax.process_index() == 0:
+    text = json.dumps(result, indent=2) + "\n"
+    (epath.Path(workdir) / "result.json").write_text(text)
+  return result

@@ -1,0 +1,244 @@
+"""The three losses of SimCLRv2: contrastive, supervised, distillation.
+
+Each is a pure function of one device's rows. With `axis_name`, inside a mapped
+step, values and metrics are scaled so that one pmean over that axis, of loss,
+metrics and gradient alike, gives those of the global batch.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Metrics = dict[str, jax.Array]
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+  """Scales rows [..., D] to unit length; a row of zeros stays zero.
+
+  x * rsqrt(max(sum(x^2), 1e-12)), as the official code (objective.py) has it.
+  """
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+
+
+def nt_xent(
+  z1: jax.Array,
+  z2: jax.Array,
+  *,
+  temperature: float,
+  normalize: bool = True,
+  axis_name: str | None = None,
+  block_size: int | None = None,
+) -> tuple[jax.Array, Metrics]:
+  """NT-Xent, the contrastive loss of SimCLR, at the official scale.
+
+  Every embedding has to find the other view of its image among the 2N - 1
+  other embeddings of the global batch. The loss is mean(view 1) + mean(view 2),
+  as in the official objective.py: twice the mean of the paper (2002.05709,
+  eq. 1). Embeddings that say nothing give metrics.uniform_loss(N).
+
+  Example:
+    loss, metrics = nt_xent(z[:n], z[n:], temperature=0.1)
+
+  Args:
+    z1: [n, D] embeddings of the first view.
+    z2: [n, D] embeddings of the second view, row i from the image of z1[i].
+    temperature: divides the similarities; above 0.
+    normalize: whether similarities are cosines; False takes dot products.
+    axis_name: the mapped axis that holds the other parts of the global batch.
+    block_size: None computes all [2n, 2N] logits at once. A number computes
+      those of that many pairs at a time: same values and gradient, and memory
+      that grows with N instead of its square.
+
+  Returns:
+    (loss, metrics) over this device's rows, in float32 or better. metrics has
+    "contrastive_accuracy" (1/N by chance) and "contrastive_entropy" (nats), of
+    view 1 among the N embeddings of view 2.
+  """
+  n, _ = z1.shape
+  dtype = jnp.promote_types(z1.dtype, jnp.float32)
+  z = jnp.stack([z1, z2]).astype(dtype)
+  if normalize:
+    z = l2_normalize(z)
+  index, columns = jnp.arange(n), z
+  if axis_name is not None:
+    # One collective for both views. Its transpose sums the gradients that all
+    # devices send to these rows, so negatives elsewhere learn as well.
+    columns = jax.lax.all_gather(z, axis_name, axis=1, tiled=True)
+    index += n * jax.lax.axis_index(axis_name)
+  sum_fn: Any = _sum_over_pairs
+  if block_size is not None and block_size < n:
+    sum_fn = functools.partial(_blockwise, block_size)
+  loss, metrics = sum_fn(z / temperature, columns, index)
+  return loss / n, {k: v / n for k, v in metrics.items()}
+
+
+def _sum_over_pairs(rows, columns, index):
+  """Sums of loss and metrics over some pairs of the global batch.
+
+  Args:
+    rows: [2, m, D] both embeddings of m pairs, divided by the temperature.
+    columns: [2, N, D] all embeddings.
+    index: int32 [m] the rows' places among the N; -1 for a row not to count.
+  """
+  # Without HIGHEST, matrix units round the factors to 8 or 10 bits.
+  logits = jnp.einsum(
+    "vmd,wnd->vmwn", rows, columns, precision=jax.lax.Precision.HIGHEST
+  )
+  itself = index[:, None] == jnp.arange(columns.shape[1])
+  same_view = jnp.eye(2, dtype=bool)[:, None, :, None]
+  counted = index >= 0
+  # Masked sums rather than indexing: they fuse, and so do their gradients.
+  partner = jnp.where(itself[:, None] & ~same_view, logits, 0).sum((2, 3))
+  others = jnp.where(itself[:, None] & same_view, -jnp.inf, logits)
+  losses = jax.nn.logsumexp(others, axis=(2, 3)) - partner
+  loss = jnp.where(counted, losses, 0).sum()
+
+  across = jax.lax.stop_gradient(logits[0, :, 1])
+  p = jax.nn.softmax(across)
+  entropy = -jnp.sum(p * jnp.log(p + 1e-8), axis=1)
+  correct = jnp.argmax(across, axis=1) == index
+  return loss, {
+    "contrastive_accuracy": correct.sum(dtype=loss.dtype),
+    "contrastive_entropy": jnp.where(counted, entropy, 0).sum(),
+  }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(block_size, rows, columns, index):
+  """_sum_over_pairs, `block_size` pairs at a time."""
+
+  def step(sums, block):
+    part = _sum_over_pairs(block[0], columns, block[1])
+    return jax.tree.map(jnp.add, sums, part), None
+
+  blocks = _to_blocks(block_size, rows, index)
+  zeros = _zeros_of(_sum_over_pairs, blocks[0][0], columns, blocks[1][0])
+  return jax.lax.scan(step, zeros, blocks)[0]
+
+
+def _blockwise_forward(block_size, rows, columns, index):
+  # The sum's gradient is known up to one factor, the cotangent of the loss, so
+  # it is made here, where the logits are at hand, and never needs them again.
+  grad_fn = jax.value_and_grad(_sum_over_pairs, argnums=(0, 1), has_aux=True)
+
+  def step(carry, block):
+    sums, columns_grad = carry
+    part, (block_grad, part_grad) = grad_fn(block[0], columns, block[1])
+    sums = jax.tree.map(jnp.add, sums, part)
+    return (sums, columns_grad + part_grad), block_grad
+
+  blocks = _to_blocks(block_size, rows, index)
+  zeros = _zeros_of(_sum_over_pairs, blocks[0][0], columns, blocks[1][0])
+  carry = (zeros, jnp.zeros_like(columns))
+  (sums, columns_grad), block_grads = jax.lax.scan(step, carry, blocks)
+  rows_grad = jnp.moveaxis(block_grads, 0, 1).reshape(2, -1, rows.shape[2])
+  return sums, (rows_grad[:, : rows.shape[1]], columns_grad)
+
+
+def _blockwise_backward(block_size, grads, cotangents):
+  del block_size
+  rows_grad, columns_grad = grads
+  factor, _ = cotangents  # the metrics carry no gradient, as in the plain form
+  return factor * rows_grad, factor * columns_grad, None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _to_blocks(block_size, rows, index):
+  """([k, 2, block_size, D], [k, block_size]); filled up with index -1."""
+  _, n, features = rows.shape
+  missing = -n % block_size
+  rows = jnp.pad(rows, ((0, 0), (0, missing), (0, 0)))
+  index = jnp.pad(index, (0, missing), constant_values=-1)
+  blocks = rows.reshape(2, -1, block_size, features)
+  return jnp.moveaxis(blocks, 1, 0), index.reshape(-1, block_size)
+
+
+def _zeros_of(f, *args):
+  shapes = jax.eval_shape(f, *args)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def labelled_mean(
+  values: jax.Array, labels: jax.Array, *, axis_name: str | None = None
+) -> jax.Array:
+  """The mean of values [n] over the rows with a label (labels int [n], not -1).
+
+  With axis_name it is this device's sum, times the number of devices, over the
+  labels of the global batch: labels may be spread unevenly, and pmean of it is
+  the global mean. 0 where no row has a label.
+
+  Example:
+    labelled_mean(jnp.array([1., 2., 9.]), jnp.array([0, 3, -1]))  # 1.5
+  """
+  labelled = labels >= 0
+  count = labelled.sum(dtype=values.dtype)
+  total = jnp.where(labelled, values, 0).sum()
+  if axis_name is not None:
+    count = jax.lax.psum(count, axis_name)
+    total *= jax.lax.psum(1, axis_name)
+  return total / jnp.maximum(count, 1)
+
+
+def supervised_loss(
+  logits: jax.Array, labels: jax.Array, *, axis_name: str | None = None
+) -> tuple[jax.Array, Metrics]:
+  """Cross-entropy over the rows that have a label.
+
+  Example:
+    loss, metrics = supervised_loss(logits, labels)
+
+  Args:
+    logits: [n, num_classes].
+    labels: int [n]; -1 where unknown, such rows count nowhere.
+    axis_name: see labelled_mean.
+
+  Returns:
+    (loss, {"supervised_accuracy": fraction in [0, 1]}), in float32 or better.
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  # optax would take -1 for the last class.
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits, jnp.maximum(labels, 0)
+  )
+  correct = (jnp.argmax(logits, axis=1) == labels).astype(logits.dtype)
+  mean = functools.partial(labelled_mean, labels=labels, axis_name=axis_name)
+  return mean(losses), {"supervised_accuracy": mean(correct)}
+
+
+def distillation_loss(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float,
+  scale_by_temperature: bool = False,
+) -> jax.Array:
+  """Cross-entropy of the student with the teacher's softened predictions.
+
+  mean over rows of -sum softmax(teacher / T) log softmax(student / T)
+  (2006.10029, eq. 2). No gradient reaches the teacher.
+
+  Example:
+    loss = distillation_loss(student_logits, teacher_logits, temperature=1.0)
+
+  Args:
+    student_logits: [n, num_classes].
+    teacher_logits: [n, num_classes].
+    temperature: T, above 0.
+    scale_by_temperature: multiplies by T^2, which keeps the gradient's size
+      over T. The official notebook does, the paper's formula does not.
+
+  Returns:
+    A scalar, in float32 or better.
+  """
+  dtype = jnp.promote_types(student_logits.dtype, jnp.float32)
+  teacher_logits = jax.lax.stop_gradient(teacher_logits)
+  targets = jax.nn.softmax(teacher_logits.astype(dtype) / temperature)
+  predicted = jax.nn.log_softmax(student_logits.astype(dtype) / temperature)
+  loss = -jnp.mean(jnp.sum(targets * predicted, axis=-1))
+  return loss * temperature**2 if scale_by_temperature else loss

@@ -1,0 +1,91 @@
+"""What tells a healthy embedding from a collapsed one, and plain accuracy.
+
+Pure functions of arrays, on one device; they run in jit and outside it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def uniform_loss(num_pairs: int) -> float:
+  """NT-Xent of embeddings that say nothing: 2 ln(2N - 1).
+
+  At the scale of losses.nt_xent, for N pairs in the global batch. A healthy
+  run falls below it within its first steps.
+
+  >>> round(uniform_loss(4096), 2)
+  18.02
+  """
+  return 2 * math.log(2 * num_pairs - 1)
+
+
+def alignment(z1: jax.Array, z2: jax.Array) -> jax.Array:
+  """Mean squared distance of the two views on the unit sphere.
+
+  From 0 (the views of an image agree) to 4; independent embeddings have 2
+  (Wang and Isola, 2005.10242, eq. 1 with alpha 2). z1 and z2 are [n, D].
+  """
+  return jnp.mean(jnp.sum(jnp.square(_unit(z1) - _unit(z2)), axis=-1))
+
+
+def uniformity(z: jax.Array, *, t: float = 2.0) -> jax.Array:
+  """Log of the mean Gaussian potential over pairs of different rows.
+
+  ln mean exp(-t |x - y|^2) on the unit sphere, from 0 (collapsed) downwards;
+  the lower the more evenly the rows are spread (Wang and Isola, 2005.10242,
+  eq. 2). z is [n, D] with n >= 2, its [n, n] distances are held in memory.
+  """
+  n = z.shape[0]
+  x = _unit(z)
+  similarities = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+  potentials = jnp.where(
+    jnp.eye(n, dtype=bool), -jnp.inf, 2 * t * (similarities - 1)
+  )
+  return jax.nn.logsumexp(potentials) - math.log(n * (n - 1))
+
+
+def effective_rank(z: jax.Array) -> jax.Array:
+  """How many directions the rows of z [n, D] use, from 1 to min(n, D).
+
+  exp of the entropy of the singular values, scaled to sum to 1 (Roy and
+  Vetterli, 2007). Means are not subtracted: equal rows have rank 1.
+  """
+  singular_values = jnp.linalg.svd(_at_least_float32(z), compute_uv=False)
+  total = jnp.sum(singular_values)
+  p = singular_values / jnp.where(total > 0, total, 1)
+  return jnp.exp(jnp.sum(jax.scipy.special.entr(p)))
+
+
+def embedding_std(z: jax.Array) -> jax.Array:
+  """Spread of the rows of z [n, D] on the unit sphere.
+
+  Mean over features of the standard deviation, times sqrt(D): about 1 where
+  rows are spread evenly, 0 where they have collapsed.
+  """
+  return jnp.mean(jnp.std(_unit(z), axis=0)) * math.sqrt(z.shape[1])
+
+
+def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+  """Whether each label is among the k highest logits.
+
+  Args:
+    logits: [n, num_classes]; among equal ones the lower class comes first.
+    labels: int [n]; a row with -1 is never correct.
+    k: with fewer classes than k, all of them.
+
+  Returns:
+    Bools [n].
+  """
+  _, classes = jax.lax.top_k(logits, min(k, logits.shape[1]))
+  return jnp.any(classes == labels[:, None], axis=1)
+
+
+def _at_least_float32(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _unit(z):
+  z = _at_least_float32(z)
+  return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-6)

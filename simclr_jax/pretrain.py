@@ -1,0 +1,196 @@
+"""Pretraining: two views of each image, NT-Xent over the global batch.
+
+  python -m simclr_jax.pretrain --config=pretrain.py:digits --workdir=DIR
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax import (
+  augment,
+  build,
+  checkpoint,
+  cli,
+  loop,
+  losses,
+  metrics as metrics_lib,
+  optimizers,
+  parallel,
+  predict,
+  probes,
+)
+from simclr_jax import config as config_lib
+
+
+def train_step(
+  state, batch, key, *, model, optimizer, views_fn, nt_xent_fn, probe
+):
+  """One step on one device's part of the batch (2006.10029, section 2).
+
+  Args:
+    state: a `loop.TrainState`.
+    batch: "image" uint8 [n, S, S, C], "size" int32 [n, 2] and "label" int32
+      [n], -1 where unknown.
+    key: the run's key; this step's randomness is a function of (key, step).
+    model: from `models.make_model`.
+    optimizer: an optax transformation.
+    views_fn: (key, images, index=, sizes=) -> [2n, H, H, C], view 1 first.
+    nt_xent_fn: (z1, z2) -> (loss, metrics).
+    probe: train the classifier on the detached features beside.
+
+  Returns:
+    The next state, and metrics that are equal on all devices.
+  """
+  n = batch["image"].shape[0]
+  views = views_fn(
+    jax.random.fold_in(key, state.step),
+    batch["image"],
+    index=parallel.global_index(n),
+    sizes=batch["size"],
+  )
+
+  def loss_fn(params):
+    outputs, updated = model.apply(
+      {"params": params, "batch_stats": state.batch_stats},
+      views,
+      train=True,
+      mutable=["batch_stats"],
+    )
+    loss, metrics = nt_xent_fn(*jnp.split(outputs["z"], 2))
+    metrics["loss"] = total = loss
+    if probe:  # no gradient passes from here into the network
+      labels = jnp.tile(batch["label"], 2)
+      probe_loss, accuracy = losses.supervised_loss(
+        outputs["logits"], labels, axis_name=parallel.AXIS
+      )
+      total = loss + probe_loss
+      metrics["probe_loss"] = probe_loss
+      metrics["probe_accuracy"] = accuracy["supervised_accuracy"]
+    return total, (metrics, updated["batch_stats"])
+
+  grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+  # Each device has the gradient of its rows: their mean is the global one.
+  grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
+  return state.apply_gradients(optimizer, grads, batch_stats), metrics
+
+
+def train_and_evaluate(config, workdir) -> dict:
+  """Pretrains as `config` says and evaluates with kNN and the probe.
+
+  Args:
+    config: see configs/pretrain.py.
+    workdir: the run's directory; a run there is continued.
+
+  Returns:
+    What result.json holds: top1 is the kNN accuracy.
+
+  Raises:
+    UserError: a mistake in the config or the data.
+  """
+  config = build.start(config)
+  build.resolve(config)
+  train, test = build.datasets(config)
+  build.refuse_few(config, train)
+  num_steps = config_lib.num_steps(config, len(train))
+  loop.claim(config, workdir)
+  if done := loop.finished(workdir, num_steps):
+    return done
+
+  probe = config.probe and train.num_classes > 0
+  model = build.make_model(
+    config,
+    num_classes=train.num_classes if probe else None,
+    head_layer=0,
+    probe=True,
+  )
+  variables = build.init(config, model, train)
+  if config.pretrained:
+    _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
+    variables = checkpoint.merge(
+      variables, loaded, new=("classifier",), where=config.pretrained
+    )
+  schedule = build.make_schedule(config, len(train), num_steps)
+  optimizer = optimizers.make_optimizer(
+    config.optim.name,
+    learning_rate=schedule,
+    weight_decay=config.optim.weight_decay,
+  )
+  step_fn = functools.partial(
+    train_step,
+    model=model,
+    optimizer=optimizer,
+    views_fn=functools.partial(
+      augment.two_views,
+      size=config.data.image_size,
+      dtype=build.view_dtype(config),
+      **config.augment,
+    ),
+    nt_xent_fn=functools.partial(
+      losses.nt_xent,
+      temperature=config.loss.temperature,
+      block_size=config.loss.block_size or None,
+      axis_name=parallel.AXIS,
+    ),
+    probe=probe,
+  )
+  pairs = config.batch_size
+  _, metrics = loop.run(
+    build.init_state(variables, optimizer),
+    step_fn,
+    build.host_batches(config, train, num_steps),
+    config=config,
+    workdir=workdir,
+    num_steps=num_steps,
+    evaluate=_make_evaluate(config, model, train, test),
+    anchors={
+      "loss": f"uniform {metrics_lib.uniform_loss(pairs):.4g}",
+      "contrastive_accuracy": f"chance {1 / pairs:.2g}",
+    },
+    extra={"label_names": list(train.label_names)},
+  )
+  return loop.write_result(
+    workdir,
+    build.result(
+      config, protocol="knn", metrics=metrics, num_steps=num_steps
+    ),
+  )
+
+
+def _make_evaluate(config, model, train, test):
+  """State -> kNN accuracy of h and accuracy of the probe, or None."""
+  if test is None or not train.num_classes:
+    return None
+  bank = train.select(np.flatnonzero(train.labels >= 0)[: config.knn_bank_size])
+  probe = model.classifier is not None
+  predict_fn = predict.make_predict(
+    model,
+    size=config.data.image_size,
+    dtype=build.view_dtype(config),
+    outputs=("h", "logits") if probe else ("h",),
+  )
+
+  def evaluate(state) -> dict:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    run = functools.partial(predict_fn, variables, batch_size=config.batch_size)
+    outputs = run(test)
+    values = {}
+    if len(bank):
+      values = probes.knn(
+        run(bank)["h"],
+        bank.labels,
+        outputs["h"],
+        test.labels,
+        num_classes=train.num_classes,
+      )
+    if probe:
+      values["probe_top1"] = probes.top_k(outputs["logits"], test.labels)["top1"]
+    return values
+
+  return evaluate
+
+
+if __name__ == "__main__":
+  cli.run(train_and_evaluate, stage="pretrain")

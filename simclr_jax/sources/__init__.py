@@ -1,0 +1,48 @@
+"""Random access to images and labels: digits, tfds:NAME.
+
+Opening a source reads no image; `Source.fetch` reads and decodes some.
+"""
+
+from simclr_jax import config
+from simclr_jax.sources import digits, prepared
+from simclr_jax.sources.source import Source
+
+__all__ = ["Source", "make_source"]
+
+
+def make_source(
+  name: str, *, split: str, data_dir: str = "", seed: int = 0
+) -> Source:
+  """Opens a dataset; never downloads anything.
+
+  Args:
+    name: "digits" (scikit-learn's 1,797 handwritten digits, 8x8 pixels) or
+      "tfds:NAME" (a dataset that TFDS has prepared as array_record).
+    split: for digits "train" (1,437 images) or "test" (360); for TFDS what
+      the dataset has, also with slices such as "train[:10%]".
+    data_dir: where prepared TFDS datasets are; "" is TFDS_DATA_DIR or TFDS's
+      own default.
+    seed: of the train/test split where the dataset has none of its own
+      (digits). Keep it the same in all stages of one experiment, or the
+      test images of one stage have been trained on in another.
+
+  Returns:
+    A `Source`.
+
+  Raises:
+    config.UserError: unknown name or split, or a dataset not prepared.
+
+  Example:
+    >>> source = make_source("digits", split="train")
+    >>> len(source), source.num_classes, source[0][0].shape
+    (1437, 10, (8, 8, 1))
+  """
+  kind, _, rest = name.partition(":")
+  if name == "digits":
+    return digits.open_digits(split=split, seed=seed)
+  if kind == "tfds" and rest:
+    return prepared.open_tfds(rest, split=split, data_dir=data_dir)
+  raise config.UserError(
+    f'data.name is "{name}"; it must be digits or tfds:NAME'
+    f"{config.nearest(kind, ['digits', 'tfds'])}"
+  )

@@ -1,0 +1,79 @@
+"""What every dataset looks like to the rest of the package."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from simclr_jax import config
+from simclr_jax.sources.decode import decode
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """Images and labels by index; what every dataset looks like to `data.py`.
+
+  Attributes:
+    name: what the user wrote, such as "tfds:cifar10".
+    split: the split or split expression, such as "train[:10%]".
+    num_examples: how many images there are; also `len(source)`.
+    read: indices -> list of (record, label): a record is an encoded image
+      (bytes) or pixels (uint8 [h, w, C]); label is an int, -1 where unknown.
+    describe: index -> the record's or file's name for messages.
+    label_names: class names; the label k is label_names[k].
+    channels: 1 or 3; `fetch` returns that many.
+    shape: (height, width) where all images are known to share it, else None.
+    fingerprint: a string that changes with the content, for caches.
+    labels: int32 [num_examples] where known without reading all records.
+  """
+
+  name: str
+  split: str
+  num_examples: int
+  read: Callable[[Sequence[int]], list[tuple[bytes | np.ndarray, int]]]
+  describe: Callable[[int], str]
+  label_names: tuple[str, ...]
+  channels: int
+  shape: tuple[int, int] | None
+  fingerprint: str
+  labels: np.ndarray | None = None
+
+  @property
+  def num_classes(self) -> int:
+    """Number of class names; 0 for a dataset without labels."""
+    return len(self.label_names)
+
+  def __len__(self):
+    return self.num_examples
+
+  def __getitem__(self, index):
+    return self.fetch([index])[0]
+
+  def __getitems__(self, indices):
+    return self.fetch(indices)
+
+  def fetch(
+    self, indices: Sequence[int], *, max_size: int = 0
+  ) -> list[tuple[np.ndarray, int]]:
+    """Reads and decodes some images; safe to call from several threads.
+
+    Args:
+      indices: ints in [0, num_examples).
+      max_size: images are shrunk, keeping their aspect, until no side is
+        longer than this (pixels); 0 leaves them as they are.
+
+    Returns:
+      A list of (image uint8 [h, w, channels], label int, -1 unknown).
+
+    Raises:
+      config.UserError: an image is damaged; names the record or file.
+    """
+    indices = [int(i) for i in indices]
+    examples = []
+    for index, (record, label) in zip(indices, self.read(indices), strict=True):
+      try:
+        image = decode(record, channels=self.channels, max_size=max_size)
+      except ValueError as error:
+        raise config.UserError(f"{self.describe(index)}: {error}") from error
+      examples.append((image, label))
+    return examples
