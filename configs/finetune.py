@@ -44,7 +44,9 @@ def get_config(arg="digits"):
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME
-  config.data.data_dir = ""  # of TFDS; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+  config.data.data_dir = (
+    ""  # of TFDS; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+  )
   config.data.split = "train"
   config.data.eval_split = "validation"  # "": no evaluation
   config.data.image_size = 0  # from the checkpoint

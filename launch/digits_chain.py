@@ -5,7 +5,6 @@ the command printed before it; a run that is complete is not trained again.
 """
 
 import argparse
-import importlib.util
 import shutil
 import statistics
 import sys
@@ -49,7 +48,7 @@ def run_chain(workdir: Path) -> dict:
 
   def run(name, stage, recipe, **fields):
     fields = {k.replace("__", "."): v for k, v in fields.items()}
-    config = recipe_of(stage, recipe)
+    config = cli.load_recipe(recipe, stage=stage)
     for field, value in fields.items():
       set_field(config, field, value)
     flags = "".join(f" --config.{k}={v}" for k, v in fields.items())
@@ -78,15 +77,6 @@ def run_chain(workdir: Path) -> dict:
   run("small_distilled", "distill", "digits,small", teacher=teacher)
   run("small_scratch_1", "finetune", "digits,labels=1", model__width=0.125)
   return results
-
-
-def recipe_of(stage: str, recipe: str):
-  """Returns configs/<stage>.py:<recipe>, locked."""
-  path, _ = cli.find_recipe(f"{stage}.py", stage=stage)
-  spec = importlib.util.spec_from_file_location(f"{stage}_recipe", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(recipe).lock()
 
 
 def table(results: dict) -> list[tuple]:
@@ -135,9 +125,15 @@ def expectations(results: dict) -> list[tuple[str, bool]]:
   gain = mean("finetune_1_seed") - mean("scratch_1_seed")
   small = top1("small_distilled") - top1("small_scratch_1")
   return [
-    (f"linear evaluation {top1('linear'):.1%}, not 97%", top1("linear") >= 0.97),
+    (
+      f"linear evaluation {top1('linear'):.1%}, not 97%",
+      top1("linear") >= 0.97,
+    ),
     (f"1% fine-tuned only {gain:.1%} above from scratch, not 15", gain >= 0.15),
-    (f"small student only {small:.1%} above labels alone, not 5", small >= 0.05),
+    (
+      f"small student only {small:.1%} above labels alone, not 5",
+      small >= 0.05,
+    ),
   ]
 
 

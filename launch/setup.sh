@@ -60,7 +60,8 @@ make_environment() {
 accelerator_extra() {
   local dev="${1:-/dev}" driver
   driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader \
-    2>/dev/null | head -n 1)" || driver=""
+    2>/dev/null)" || driver=""
+  driver="${driver%%$'\n'*}" # a line a GPU
   if [ -n "$driver" ] && [ "${driver%%.*}" -lt 580 ] 2>/dev/null; then
     echo "note: the NVIDIA driver is $driver and CUDA 13 needs 580: JAX will" \
       "run on the CPU until the driver is updated" >&2

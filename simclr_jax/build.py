@@ -10,6 +10,7 @@ import numpy as np
 
 from simclr_jax import (
   augment,
+  checkpoint,
   data,
   loop,
   models,
@@ -112,6 +113,23 @@ def label_choice(config) -> dict:
   if config.labels_per_class:
     return {"per_class": config.labels_per_class, "seed": config.seed}
   return {"percent": config.label_percent, "seed": config.seed}
+
+
+def load_pretrained(config):
+  """Reads the run in `config.pretrained`: (its config, its variables).
+
+  Raises:
+    UserError: nothing to read, or a network that has seen labels.
+  """
+  stored, variables = checkpoint.load(
+    config.pretrained, field="config.pretrained"
+  )
+  if stored.stage != "pretrain":
+    raise UserError(
+      f"config.pretrained: {config.pretrained} holds a {stored.stage} run, "
+      "which has been trained on labels; give the pretrain run before it."
+    )
+  return stored, variables
 
 
 def refuse_few(config, train: data.Dataset) -> None:

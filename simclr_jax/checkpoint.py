@@ -117,9 +117,12 @@ def restore_latest(manager, target: dict) -> dict | None:
 
 
 def _read(manager, step: int) -> tuple[dict, dict]:
-  items = manager.restore(step, args=ocp.args.Composite(
-    state=ocp.args.StandardRestore(), config=ocp.args.JsonRestore()
-  ))
+  items = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(), config=ocp.args.JsonRestore()
+    ),
+  )
   state = items["state"]
   for name in ("params", "batch_stats", "opt_state"):
     state.setdefault(name, {})

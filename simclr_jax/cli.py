@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -88,19 +89,25 @@ def parse(argv: list[str], *, stage: str):
         f"--{name} is missing; for example: python -m simclr_jax.{stage} "
         f"--config={stage}.py:digits --workdir=runs/{stage}"
       )
-  path, recipe = find_recipe(values["config"], stage=stage)
-  _check_fields(path, recipe, fields, stage=stage)
+  config = load_recipe(values["config"], stage=stage)
+  known = config_lib.flat(config)
+  for field in fields:
+    name = field.removeprefix("config.")
+    if name not in known:  # ml_collections would only say it is unknown
+      raise UserError(
+        f"unknown field --{field}{config_lib.nearest(name, list(known))} "
+        f"All of them are in {find_recipe(values['config'], stage=stage)[0]}."
+      )
+  argv = [stage, *(f"--{name}={value}" for name, value in fields.items())]
   flag_values = flags.FlagValues()
-  config_argv = [stage, f"--config={path}:{recipe}"]
-  config_argv += [f"--{name}={value}" for name, value in fields.items()]
-  config = config_flags.DEFINE_config_file(
-    "config", flag_values=flag_values, sys_argv=config_argv
+  holder = config_flags.DEFINE_config_dict(
+    "config", config, flag_values=flag_values, sys_argv=argv
   )
   try:
-    flag_values(config_argv)
-    return config.value, values["workdir"]
+    flag_values(argv)
   except (flags.Error, TypeError, ValueError, SyntaxError) as error:
     raise UserError(" ".join(str(error).split())) from None
+  return holder.value, values["workdir"]
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -147,9 +154,21 @@ def find_recipe(text: str, *, stage: str) -> tuple[str, str]:
   )
 
 
-def _check_fields(path: str, recipe: str, fields: dict, *, stage: str) -> None:
-  """Names a mistyped field; ml_collections would only say it is unknown."""
-  spec = importlib.util.spec_from_file_location("recipe", path)
+def load_recipe(text: str, *, stage: str) -> ml_collections.ConfigDict:
+  """Returns the locked config that --config=`text` means.
+
+  Args:
+    text: a file with a recipe, or a recipe's name; see `find_recipe`.
+    stage: "pretrain", "finetune" or "distill".
+
+  Raises:
+    UserError: no such file or recipe, or one of another stage.
+
+  >>> load_recipe("digits,labels=10", stage="finetune").label_percent
+  10.0
+  """
+  path, recipe = find_recipe(text, stage=stage)
+  spec = importlib.util.spec_from_file_location(f"{stage}_recipe", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config(recipe) if recipe else module.get_config()
@@ -158,11 +177,4 @@ def _check_fields(path: str, recipe: str, fields: dict, *, stage: str) -> None:
       f"--config: {path} is for simclr_jax.{config.stage}, this is "
       f"simclr_jax.{stage}."
     )
-  known = config_lib.flat(config)
-  for field in fields:
-    name = field.removeprefix("config.")
-    if name not in known:
-      raise UserError(
-        f"unknown field --{field}{config_lib.nearest(name, list(known))} "
-        f"All of them are in {path}."
-      )
+  return config.lock()

@@ -116,7 +116,7 @@ def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
 def warmup_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
   """Warm-up steps: int(round(epochs * N // B)), as in model_util.py."""
   epochs = config.optim.warmup_epochs
-  return int(round(epochs * num_examples // config.batch_size))
+  return round(epochs * num_examples // config.batch_size)
 
 
 _POSITIVE = (

@@ -16,8 +16,10 @@ from jax import lax
 
 # Elements of a block's patches or tiles: as much as still runs from cache.
 PATCH_BLOCK, TILE_BLOCK = 2**20, 2**22
-# From this many channels on both sides, Winograd beats XLA's own convolution.
-MIN_CHANNELS = 32
+# Winograd pays from this many channels on both sides, and from this many
+# multiply-adds: below, it saves less than the 0.2 s that each use takes to
+# compile.
+MIN_CHANNELS, MIN_WORK = 32, 2**29
 # Winograd's F(2x2, 3x3) (Lavin & Gray 2015): input, output, kernel transforms.
 _B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _A = ((1, 1, 1, 0), (0, 1, -1, -1))
@@ -225,16 +227,16 @@ def _winograd_filter_gradient(x, dy, pads):
   return jnp.einsum("jb,ia,jioc->abco", g, g, du)
 
 
-def _is_wide(kernel_shape, strides):
-  """Whether Winograd applies and pays."""
+def _use_winograd(kernel_shape, strides, pixels):
   *size, c, o = kernel_shape
-  return (*size, *strides) == (3, 3, 1, 1) and min(c, o) >= MIN_CHANNELS
+  fits = (*size, *strides) == (3, 3, 1, 1) and min(c, o) >= MIN_CHANNELS
+  return fits and 9 * pixels * c * o >= MIN_WORK
 
 
 def _forward(x, w, strides, pads):
   kernel = w.shape[:2]
   out = _out_size(x.shape[1:3], kernel, strides, pads)
-  if _is_wide(w.shape, strides):
+  if _use_winograd(w.shape, strides, len(x) * out[0] * out[1]):
     return _winograd(x, w, pads, out)
   if strides == (1, 1) and w.shape[2] > 4:
     return lax.conv_general_dilated(
@@ -274,7 +276,7 @@ def _input_gradient(dy, w, size, strides, pads):
 
 
 def _filter_gradient(x, dy, kernel_shape, strides, pads):
-  if _is_wide(kernel_shape, strides):
+  if _use_winograd(kernel_shape, strides, dy[..., 0].size):
     return _winograd_filter_gradient(x, dy, pads)
   kernel, out, o = kernel_shape[:2], dy.shape[1:3], dy.shape[3]
 

@@ -135,9 +135,7 @@ def load(
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed, epoch, num_examples):
-  order = np.random.default_rng((seed, epoch)).permutation(num_examples)
-  order.flags.writeable = False
-  return order
+  return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
 def batch_indices(
@@ -305,7 +303,7 @@ def label_subset(
   if not len(labelled):
     raise config.UserError("the dataset has no labelled image.")
   classes, counts = np.unique(labels[labelled], return_counts=True)
-  if per_class is None:
+  if percent is not None:
     if not 0 < percent <= 100:
       raise config.UserError(
         f"label_percent is {percent}; it must be above 0 and at most 100."
@@ -313,12 +311,13 @@ def label_subset(
     # The small term keeps 7% of 100 at 7 (7 * 100 / 100 may round below).
     total = max(len(classes), int(percent * len(labelled) / 100 + 1e-6))
   else:
+    assert per_class is not None  # Checked above.
     if per_class < 1:
       raise config.UserError(
         f"labels_per_class is {per_class}; it must be 1 or more."
       )
     count_of = dict(zip(classes.tolist(), counts.tolist(), strict=True))
-    names = dict(enumerate(label_names or ())) or {k: k for k in count_of}
+    names = dict(enumerate(label_names or ())) or {k: str(k) for k in count_of}
     fewest, name = min((count_of.get(k, 0), names[k]) for k in names)
     if fewest < per_class:
       raise config.UserError(

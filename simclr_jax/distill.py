@@ -1,7 +1,7 @@
 """Distillation: a fine-tuned teacher labels images, a student learns them.
 
-  python -m simclr_jax.distill --config=distill.py:digits --workdir=DIR
-      --config.teacher=DIR
+python -m simclr_jax.distill --config=distill.py:digits --workdir=DIR
+    --config.teacher=DIR
 """
 
 import dataclasses
@@ -147,9 +147,10 @@ def train_and_evaluate(config, workdir) -> dict:
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )
+  schedule = build.make_schedule(config, len(train), num_steps)
   optimizer = optimizers.make_optimizer(
     config.optim.name,
-    learning_rate=build.make_schedule(config, len(train), num_steps),
+    learning_rate=schedule,
     weight_decay=config.optim.weight_decay,
   )
   step_fn = functools.partial(
@@ -173,6 +174,7 @@ def train_and_evaluate(config, workdir) -> dict:
     workdir=workdir,
     num_steps=num_steps,
     evaluate=build.make_evaluate(config, model, test),
+    learning_rate=schedule,
     constants=(teacher_variables,),
     extra={
       "label_names": list(train.label_names),

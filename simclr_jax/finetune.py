@@ -1,7 +1,7 @@
 """Fine-tuning on few labels, from any layer of the head; linear evaluation.
 
-  python -m simclr_jax.finetune --config=finetune.py:digits,labels=10
-      --workdir=DIR --config.pretrained=DIR
+python -m simclr_jax.finetune --config=finetune.py:digits,labels=10
+    --workdir=DIR --config.pretrained=DIR
 """
 
 import functools
@@ -102,9 +102,10 @@ def train_and_evaluate(config, workdir) -> dict:
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )
+  schedule = build.make_schedule(config, len(train), num_steps)
   optimizer = optimizers.make_optimizer(
     config.optim.name,
-    learning_rate=build.make_schedule(config, len(train), num_steps),
+    learning_rate=schedule,
     weight_decay=config.optim.weight_decay,
     trainable=models.trainable(
       variables["params"],
@@ -126,6 +127,7 @@ def train_and_evaluate(config, workdir) -> dict:
     workdir=workdir,
     num_steps=num_steps,
     evaluate=build.make_evaluate(config, model, test),
+    learning_rate=schedule,
     anchors={
       "loss": f"uniform {np.log(train.num_classes):.4g}",
       "accuracy": f"chance {1 / train.num_classes:.2g}",
@@ -156,9 +158,7 @@ def _resolve_network(config) -> dict | None:
     config_lib.fill(config, scratch, names)
     print("finetune: config.pretrained is empty, so training from scratch")
     return None
-  stored, loaded = checkpoint.load(
-    config.pretrained, field="config.pretrained"
-  )
+  stored, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   where = f"the checkpoint {config.pretrained}"
   config_lib.inherit(config, config_lib.flat(stored), names, where=where)
   if config.head_layer > config.head.num_layers:

@@ -25,7 +25,7 @@ class MetricsWriter:
     self._file = None if self._remote else open(self._path, "a")  # noqa: SIM115
     self._events = None
     if importlib.util.find_spec("tensorboardX"):
-      import tensorboardX  # noqa: PLC0415: an extra
+      import tensorboardX
 
       self._events = tensorboardX.SummaryWriter(
         str(workdir), purge_step=start + 1 if start else None
@@ -82,7 +82,7 @@ class Progress:
     self._num_steps, self._batch_size = num_steps, batch_size
     self._bar = None
     if not quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-      from tqdm import auto  # noqa: PLC0415: slow to import in a notebook
+      from tqdm import auto
 
       self._bar = auto.tqdm(
         total=num_steps, initial=start, unit="step", dynamic_ncols=True
@@ -152,4 +152,4 @@ class _Pause:
     self._start = time.perf_counter()
 
   def __exit__(self, *exc):
-    self._progress._paused += time.perf_counter() - self._start  # noqa: SLF001
+    self._progress._paused += time.perf_counter() - self._start

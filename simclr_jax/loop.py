@@ -117,6 +117,7 @@ def run(
   num_steps: int,
   evaluate: Callable[[TrainState], dict] | None = None,
   constants: tuple = (),
+  learning_rate: Callable | None = None,
   anchors: dict | None = None,
   extra: dict | None = None,
 ) -> tuple[TrainState, dict]:
@@ -133,6 +134,7 @@ def run(
     evaluate: replicated state -> dict of floats, called every
       `eval_every_steps` and at the end.
     constants: further arguments of the step, one device's copy (a teacher).
+    learning_rate: schedule, steps done -> rate, to log beside the metrics.
     anchors: metric -> text about a network that knows nothing, shown beside it.
     extra: JSON values saved with each checkpoint.
 
@@ -152,7 +154,14 @@ def run(
       state = TrainState(**restored)
       print(f"continuing from step {int(state.step)} in {workdir}", flush=True)
     start = int(state.step)
-    log = _Log(workdir, start, num_steps, config, anchors or {})
+    log = _Log(
+      workdir,
+      start,
+      num_steps,
+      config,
+      learning_rate=learning_rate,
+      anchors=anchors or {},
+    )
     mapped = parallel.pmap(_with_stop(step_fn), donate_argnums=0)
     state = parallel.replicate(state)
     key = parallel.replicate(jax.random.key(config.seed))
@@ -210,9 +219,11 @@ def _with_stop(step_fn):
 class _Log:
   """Reads the metrics of a step, checks them, passes them on (host 0)."""
 
-  def __init__(self, workdir, start: int, num_steps: int, config, anchors):
+  def __init__(
+    self, workdir, start, num_steps, config, *, learning_rate, anchors
+  ):
     self._num_steps, self._every = num_steps, config.log_every_steps
-    self._anchors = anchors
+    self._learning_rate, self._anchors = learning_rate, anchors
     self._host0 = jax.process_index() == 0
     self._writer = logs.MetricsWriter(workdir, start) if self._host0 else None
     self.progress = logs.Progress(
@@ -232,6 +243,8 @@ class _Log:
     self.progress.advance(step)
     if step in (1, self._num_steps) or step % self._every == 0:
       rate = self.progress.rate(step)
+      if self._learning_rate:
+        values["learning_rate"] = float(self._learning_rate(step - 1))
       if self._host0:
         self._writer.write(step, values | {"images_per_second": rate})
         self.progress.show(step, values, self._anchors, rate)
@@ -242,7 +255,9 @@ class _Log:
       values = evaluate(state)
     if self._host0:
       self._writer.write(step, {f"eval_{k}": v for k, v in values.items()})
-      shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+      shown = ", ".join(
+        f"{k} {v:.4g}" for k, v in values.items() if v is not None
+      )
       self.progress.say(f"step {step}/{self._num_steps} evaluation: {shown}")
     return values
 

@@ -84,20 +84,25 @@ def _sum_over_pairs(rows, columns, index):
     columns: [2, N, D] all embeddings.
     index: int32 [m] the rows' places among the N; -1 for a row not to count.
   """
+  num_pairs, features = columns.shape[1:]
+  # Plain matrices: with four axes the gradient would need transposed copies.
   # Without HIGHEST, matrix units round the factors to 8 or 10 bits.
-  logits = jnp.einsum(
-    "vmd,wnd->vmwn", rows, columns, precision=jax.lax.Precision.HIGHEST
+  logits = jnp.matmul(
+    rows.reshape(-1, features),
+    columns.reshape(-1, features).T,
+    precision=jax.lax.Precision.HIGHEST,
   )
-  itself = index[:, None] == jnp.arange(columns.shape[1])
-  same_view = jnp.eye(2, dtype=bool)[:, None, :, None]
+  itself = jnp.concatenate([index, index + num_pairs])[:, None]
+  partner = jnp.concatenate([index + num_pairs, index])[:, None]
+  column = jnp.arange(2 * num_pairs)
   counted = index >= 0
   # Masked sums rather than indexing: they fuse, and so do their gradients.
-  partner = jnp.where(itself[:, None] & ~same_view, logits, 0).sum((2, 3))
-  others = jnp.where(itself[:, None] & same_view, -jnp.inf, logits)
-  losses = jax.nn.logsumexp(others, axis=(2, 3)) - partner
-  loss = jnp.where(counted, losses, 0).sum()
+  positives = jnp.where(column == partner, logits, 0).sum(axis=1)
+  others = jnp.where(column == itself, -jnp.inf, logits)
+  losses = jax.nn.logsumexp(others, axis=1) - positives
+  loss = jnp.where(jnp.tile(counted, 2), losses, 0).sum()
 
-  across = jax.lax.stop_gradient(logits[0, :, 1])
+  across = jax.lax.stop_gradient(logits[: len(index), num_pairs:])
   p = jax.nn.softmax(across)
   entropy = -jnp.sum(p * jnp.log(p + 1e-8), axis=1)
   correct = jnp.argmax(across, axis=1) == index

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from simclr_jax import resnet
+from simclr_jax import cpu_conv, resnet
 from simclr_jax.config import UserError
 
 
@@ -91,8 +91,6 @@ def _conv_fn(conv: str) -> Callable[..., Any]:
   if conv not in ("auto", "xla", "cpu"):
     raise UserError(f'conv: got "{conv}", allowed are "auto", "xla" and "cpu"')
   if conv == "cpu" or (conv == "auto" and jax.default_backend() == "cpu"):
-    from simclr_jax import cpu_conv
-
     return cpu_conv.conv_general_dilated
   return jax.lax.conv_general_dilated
 

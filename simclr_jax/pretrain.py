@@ -1,6 +1,6 @@
 """Pretraining: two views of each image, NT-Xent over the global batch.
 
-  python -m simclr_jax.pretrain --config=pretrain.py:digits --workdir=DIR
+python -m simclr_jax.pretrain --config=pretrain.py:digits --workdir=DIR
 """
 
 import functools
@@ -108,7 +108,7 @@ def train_and_evaluate(config, workdir) -> dict:
   )
   variables = build.init(config, model, train)
   if config.pretrained:
-    _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
+    _, loaded = build.load_pretrained(config)
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )
@@ -145,6 +145,7 @@ def train_and_evaluate(config, workdir) -> dict:
     workdir=workdir,
     num_steps=num_steps,
     evaluate=_make_evaluate(config, model, train, test),
+    learning_rate=schedule,
     anchors={
       "loss": f"uniform {metrics_lib.uniform_loss(pairs):.4g}",
       "contrastive_accuracy": f"chance {1 / pairs:.2g}",
@@ -153,9 +154,7 @@ def train_and_evaluate(config, workdir) -> dict:
   )
   return loop.write_result(
     workdir,
-    build.result(
-      config, protocol="knn", metrics=metrics, num_steps=num_steps
-    ),
+    build.result(config, protocol="knn", metrics=metrics, num_steps=num_steps),
   )
 
 
@@ -186,7 +185,9 @@ def _make_evaluate(config, model, train, test):
         num_classes=train.num_classes,
       )
     if probe:
-      values["probe_top1"] = probes.top_k(outputs["logits"], test.labels)["top1"]
+      values["probe_top1"] = probes.top_k(outputs["logits"], test.labels)[
+        "top1"
+      ]
     return values
 
   return evaluate

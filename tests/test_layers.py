@@ -11,6 +11,7 @@ import sys
 import tomllib
 
 import pytest
+
 import simclr_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -268,7 +268,7 @@ def count_convolutions(function, *args):
   return str(jax.make_jaxpr(function)(*args)).count("conv_general_dilated[")
 
 
-@pytest.mark.parametrize("last_frozen", [-1, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize("last_frozen", [-1, 2, 4])
 def test_no_backward_into_frozen_groups(last_frozen):
   model = small(freeze_after_block=last_frozen)
   variables = shapes(model)

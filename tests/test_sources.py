@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -426,6 +427,29 @@ def test_tfds_damaged_file_is_named(tiny, tmp_path):
   assert str(error.value).endswith("prepare the dataset again.")
 
 
+def test_tfds_damaged_record_is_named(tiny, tmp_path):
+  shutil.copytree(tiny, tmp_path / "data")
+  folder = tmp_path / "data" / "pictures" / "1.0.0"
+  file = folder / "pictures-train.array_record-00000-of-00001"
+  content = bytearray(file.read_bytes())
+  middle = len(content[: 1 << 16].rstrip(b"\0")) // 2  # Zeros fill blocks.
+  for i in range(middle, middle + 20):
+    content[i] ^= 255
+  file.write_bytes(content)
+  source = make_source(
+    "tfds:pictures", split="train", data_dir=str(tmp_path / "data")
+  )
+  with pytest.raises(UserError) as error:
+    source.fetch(range(6))
+  prefix = f"tfds:pictures train record {{}} in {folder}: cannot be read ("
+  (damaged,) = [
+    i for i in range(6) if str(error.value).startswith(prefix.format(i))
+  ]
+  assert 0 < damaged < 5
+  for i in set(range(6)) - {damaged}:
+    source.fetch([i])
+
+
 # -- the real CIFAR-10 --------------------------------------------------------
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -613,10 +637,21 @@ def test_damaged_images(record, message, decoder):
   assert str(error.value).startswith(message)
 
 
-def test_huge_images_are_refused_by_their_header(decoder):
+def test_huge_images_are_refused_by_their_header(decoder, monkeypatch):
   """A JPEG and a PNG of a few hundred bytes that claim 30,000 x 30,000."""
+  asked = []
+  if decode_module.simplejpeg:  # It would ask for 2.7 GB.
+    monkeypatch.setattr(
+      decode_module.simplejpeg, "decode_jpeg", lambda *_, **__: asked.append(1)
+    )
   jpeg = bytearray(encode(photo(8, 8), "JPEG"))
   at = jpeg.index(b"\xff\xc0") + 5  # Height and width in the frame header.
   jpeg[at : at + 4] = (30000).to_bytes(2, "big") * 2
   with pytest.raises(ValueError, match=r"exceeds limit of .* pixels"):
     decode(bytes(jpeg), channels=3, max_size=256)
+  assert not asked
+  png = bytearray(encode(photo(8, 8)))
+  png[16:24] = (30000).to_bytes(4, "big") * 2
+  png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+  with pytest.raises(ValueError, match=r"exceeds limit of .* pixels"):
+    decode(bytes(png), channels=3, max_size=256)

@@ -253,14 +253,18 @@ def two_views(
     dtype=dtype,
   )
   n, _, height, channels, _ = x.shape
-  x = x.reshape(2 * n, *x.shape[2:])
+  x = jnp.swapaxes(x, 0, 1).reshape(2 * n, *x.shape[2:])
 
   # Per view, shaped to meet planes [2n, H, W].
-  u = {k: v.reshape(2 * n, 1, 1, -1) for k, v in draws.items()}
+  u = {
+    k: jnp.swapaxes(v, 0, 1).reshape(2 * n, 1, 1, -1) for k, v in draws.items()
+  }
   planes = [x[:, :, c] for c in range(channels)]
   rgb = channels == 3
   if not rgb:
-    amounts = {k: v for k, v in amounts.items() if k not in ("saturation", "hue")}
+    amounts = {
+      k: v for k, v in amounts.items() if k not in ("saturation", "hue")
+    }
   if amounts and jitter_probability:
     drawn, times = {}, {}
     for i, name in enumerate(color.OPS):
@@ -281,15 +285,20 @@ def two_views(
       jnp.where(gray, new, old)
       for new, old in zip(color.grayscale(planes), planes, strict=True)
     ]
-  x = jnp.clip(jnp.stack(planes, axis=2), 0, 1)
-
+  planes = [jnp.clip(x, 0, 1) for x in planes]
   radius = height // 10 // 2
   if blur_probability and radius:
     low, high = SIGMA_RANGE
     sigma = low + (high - low) * u["sigma"][:, 0, 0, 0].astype(x.dtype)
-    blurred = jnp.clip(blur_planes(x, sigma, radius), 0, 1)
-    x = jnp.where(u["blur"] < blur_probability, blurred, x)
-  return _finish(x.reshape(n, 2, *x.shape[1:]), dtype)
+    blurred = blur_planes(jnp.stack(planes, axis=2), sigma, radius)
+    blur = u["blur"][..., 0] < blur_probability
+    planes = [
+      jnp.where(blur, jnp.clip(blurred[:, :, c], 0, 1), x)
+      for c, x in enumerate(planes)
+    ]
+  # Planes go straight to their place: a swap of axes behind a stack along rows
+  # makes XLA's CPU backend redo the last ops pixel by pixel.
+  return jnp.stack(planes, axis=-1).astype(dtype)
 
 
 def crop_flip(
@@ -324,10 +333,4 @@ def crop_flip(
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  return _finish(jnp.clip(x, 0, 1), dtype)
-
-
-def _finish(x, dtype):
-  """[n, v, H, C, W] -> [v * n, H, W, C], view 1 first."""
-  x = jnp.transpose(x, (1, 0, 2, 4, 3)).astype(dtype)
-  return x.reshape(-1, *x.shape[2:])
+  return jnp.swapaxes(jnp.clip(x[:, 0], 0, 1), -1, -2).astype(dtype)

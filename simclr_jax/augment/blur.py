@@ -43,7 +43,9 @@ def blur_planes(images, sigma, radius):
   ).reshape(n, height * channels, width)
   x = jnp.concatenate(
     [
-      jnp.einsum("nks,nst->nkt", x[..., s], across[:, s, t], precision="highest")
+      jnp.einsum(
+        "nks,nst->nkt", x[..., s], across[:, s, t], precision="highest"
+      )
       for t, s in _blocks(width, radius)
     ],
     axis=2,

@@ -19,10 +19,12 @@ def _extremes(planes):
 
 
 def brightness(planes, factor):
+  """See adjust_brightness; so for the others."""
   return [x * factor for x in planes]
 
 
 def contrast(planes, factor):
+  """About the mean of each plane."""
   means = [x.mean(axis=(-2, -1), keepdims=True) for x in planes]
   return [
     x * factor + (1 - factor) * mean
@@ -31,14 +33,14 @@ def contrast(planes, factor):
 
 
 def saturation(planes, factor):
-  # With V and hue fixed, V - x of each channel scales with S, and S * factor
-  # is cut at 1; so HSV need not be computed.
+  """S * factor cut at 1: scales V - x of each channel, V and hue stay."""
   high, low = _extremes(planes)
   scale = jnp.clip(high / jnp.maximum(high - low, TINY), 0, factor)
   return [x + (1 - scale) * (high - x) for x in planes]
 
 
 def hue(planes, delta):
+  """A turn of H; V and the smallest channel's value stay."""
   red, green, blue = planes
   high, low = _extremes(planes)
   spread = high - low
@@ -61,6 +63,7 @@ def hue(planes, delta):
 
 
 def grayscale(planes):
+  """The luma, three times."""
   red, green, blue = planes
   return [0.2989 * red + 0.587 * green + 0.114 * blue] * 3
 
@@ -159,8 +162,8 @@ def adjust_saturation(images, factor):
 
   As tf.image.adjust_saturation; torchvision blends with the gray image.
 
-  >>> adjust_saturation(jnp.array([[[0.8, 0.4, 0.6]]]), 0.5).round(2).tolist()
-  [[[0.8..., 0.6..., 0.7...]]]
+  >>> adjust_saturation(jnp.array([[[0.5, 0.25, 0.0]]]), 0.5).tolist()
+  [[[0.5, 0.375, 0.25]]]
   """
   images = pixels.to_float(images)
   pixels.need_rgb(images, "adjust_saturation")

@@ -1,6 +1,7 @@
 """From the bytes of an image file to uint8 pixels of 1 or 3 channels."""
 
 import io
+import math
 
 import numpy as np
 import PIL.Image
@@ -76,7 +77,7 @@ def _decode_jpeg(record, *, channels, max_size):
     return None  # It may have to be turned, which Pillow does.
   try:
     height, width = simplejpeg.decode_jpeg_header(record)[:2]
-    if height * width > PIL.Image.MAX_IMAGE_PIXELS:
+    if height * width > (PIL.Image.MAX_IMAGE_PIXELS or math.inf):
       return None  # Pillow knows what is too much.
     size = {}
     if max_size and max(height, width) > max_size:

@@ -1,0 +1,113 @@
+"""Checkpoints as users meet them: load, merge, and what can be wrong."""
+
+import ml_collections
+import numpy as np
+import pytest
+
+from simclr_jax import checkpoint
+from simclr_jax.config import UserError
+
+
+def make_state(step, value=1.0):
+  rng = np.random.default_rng(step)
+  kernel = rng.normal(size=(3, 2)).astype(np.float32) * value
+  return {
+    "step": np.asarray(step),
+    "params": {
+      "encoder": {"conv": {"kernel": kernel}},
+      "classifier": {"bias": np.zeros(2, np.float32)},
+    },
+    "batch_stats": {"encoder": {"bn": {"mean": kernel[0]}}},
+    "opt_state": ({"trace": kernel + 1}, ()),
+  }
+
+
+CONFIG = ml_collections.ConfigDict({"model": {"depth": 18}, "range": (0.1, 1.0)})
+
+
+def write(workdir, *steps):
+  with checkpoint.open_manager(workdir, keep=2) as manager:
+    for step in steps:
+      checkpoint.save(manager, make_state(step), CONFIG, extra={"names": ["a"]})
+  return workdir
+
+
+def test_load_gives_config_and_network_of_the_latest_step(tmp_path):
+  write(tmp_path, 1, 2, 5)
+  config, variables, about = checkpoint.load_described(tmp_path)
+  assert config.to_dict() == CONFIG.to_dict()
+  state = make_state(5)
+  for name in ("params", "batch_stats"):
+    np.testing.assert_equal(variables[name], state[name])
+  assert (about["step"], about["names"]) == (5, ["a"])
+  assert len(about["hash"]) == 16
+  write(tmp_path, 6)
+  assert checkpoint.load_described(tmp_path)[2]["hash"] != about["hash"]
+
+
+def test_a_relative_workdir_works(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write("run", 3)
+  assert checkpoint.load("run")[0].model.depth == 18
+
+
+def test_restore_gives_the_optimizer_state_its_structure(tmp_path):
+  write(tmp_path, 4)
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    state = checkpoint.restore_latest(manager, make_state(0))
+  np.testing.assert_equal(state, make_state(4))
+  assert isinstance(state["opt_state"], tuple)
+
+
+def test_restore_refuses_another_network(tmp_path):
+  write(tmp_path, 4)
+  other = make_state(0)
+  other["params"]["encoder"]["conv"] = {"kernel": np.zeros((3, 5))}
+  other["params"]["encoder"]["extra"] = np.zeros(1)
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with pytest.raises(UserError) as error:
+      checkpoint.restore_latest(manager, other)
+  message = str(error.value)
+  assert "missing encoder/extra" in message
+  assert "encoder/conv/kernel has shape (3, 2), needed (3, 5)" in message
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda d: d / "none", "there is no directory"),
+    (lambda d: d, "is not a run's directory"),
+    (lambda d: (d / "checkpoints").mkdir() or d, "no complete checkpoint"),
+  ],
+)
+def test_load_says_what_is_wrong(tmp_path, make, message):
+  with pytest.raises(UserError, match=message) as error:
+    checkpoint.load(make(tmp_path), field="config.pretrained")
+  assert str(error.value).startswith("config.pretrained: ")
+
+
+def test_merge_takes_all_but_what_is_new():
+  new, old = make_state(1), make_state(2)
+  names = ("params", "batch_stats")
+  new, old = ({k: s[k] for k in names} for s in (new, old))
+  old["params"]["classifier"]["bias"] = np.ones(7, np.float32)
+  merged = checkpoint.merge(new, old, new=("classifier",), where="run X")
+  assert merged["params"]["encoder"] is not new["params"]["encoder"]
+  np.testing.assert_equal(
+    merged["params"]["encoder"], old["params"]["encoder"]
+  )
+  np.testing.assert_equal(
+    merged["params"]["classifier"], new["params"]["classifier"]
+  )
+  with pytest.raises(UserError, match=r"run X holds another network: .*\(7,\)"):
+    checkpoint.merge(new, old, where="run X")
+
+
+def test_merge_names_what_is_missing_and_the_nearest():
+  new = {"params": {"encoder": {"conv_1": np.zeros(1)}}}
+  old = {"params": {"encoder": {"conv_2": np.zeros(1)}}}
+  with pytest.raises(UserError) as error:
+    checkpoint.merge(new, old, where="run X")
+  text = str(error.value)
+  assert "missing encoder/conv_1 (nearest: encoder/conv_2)" in text
+  assert "not expected encoder/conv_2" in text

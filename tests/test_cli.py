@@ -1,0 +1,115 @@
+"""Flags in, one clear line and an exit code out."""
+
+import pytest
+
+from simclr_jax import cli
+from simclr_jax.config import UserError
+
+
+def parse(*argv, stage="pretrain"):
+  return cli.parse(list(argv), stage=stage)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    "digits",
+    "pretrain.py:digits",
+    "configs/pretrain.py:digits",
+    "simclr_jax/configs/pretrain.py:digits",
+  ],
+)
+def test_recipes_are_found_from_any_folder(config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  parsed, workdir = parse(f"--config={config}", "--workdir=w")
+  assert parsed.recipe == "digits"
+  assert parsed.is_locked
+  assert workdir == "w"
+
+
+def test_fields_are_typed_by_the_recipe():
+  config, _ = parse(
+    "--config=digits",
+    "--workdir",
+    "w",
+    "--config.batch_size=64",
+    "--config.optim.learning_rate=1",
+    "--config.augment.area_range=(0.5, 1.0)",
+    "--config.probe=false",
+  )
+  assert config.batch_size == 64
+  assert isinstance(config.optim.learning_rate, float)
+  assert config.augment.area_range == (0.5, 1.0)
+  assert config.probe is False
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "import ml_collections\n"
+    "def get_config():\n"
+    "  return ml_collections.ConfigDict(dict(stage='pretrain', x=1))\n"
+  )
+  config, _ = parse(f"--config={file}", "--workdir=w", "--config.x=2")
+  assert config.x == 2
+
+
+@pytest.mark.parametrize(
+  "argv, message",
+  [
+    (["--workdir=w"], "--config is missing; for example: python -m"),
+    (["--config=digits"], "--workdir is missing"),
+    (["--config=digis", "--workdir=w"], 'did you mean "digits"?'),
+    (["--config=no.py:digits", "--workdir=w"], "there is no file no.py"),
+    (
+      ["--config=finetune.py:digits", "--workdir=w"],
+      "is for simclr_jax.finetune, this is simclr_jax.pretrain",
+    ),
+    (
+      ["--config=digits", "--workdir=w", "--config.optim.larning_rate=1"],
+      'did you mean "optim.learning_rate"?',
+    ),
+    (
+      ["--config=digits", "--workdir=w", "--config.batch_size=many"],
+      "batch_size",
+    ),
+    (["--config=digits", "--wrkdir=w"], 'did you mean "workdir"?'),
+    (["digits", "--workdir=w"], '"digits" is not a flag'),
+  ],
+)
+def test_mistakes_get_one_line(argv, message):
+  with pytest.raises(UserError) as error:
+    parse(*argv)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_exit_codes(capsys, tmp_path):
+  argv = ["--config=digits", f"--workdir={tmp_path}"]
+
+  def fail(config, workdir):
+    raise UserError("config.seed is bad.")
+
+  with pytest.raises(SystemExit) as stop:
+    cli.run(fail, stage="pretrain", argv=argv)
+  assert stop.value.code == 2
+  assert capsys.readouterr().err == "error: config.seed is bad.\n"
+
+  def fault(config, workdir):
+    raise RuntimeError("a fault keeps its traceback")
+
+  with pytest.raises(RuntimeError):
+    cli.run(fault, stage="pretrain", argv=argv)
+
+  def train(config, workdir):
+    return {"top1": 0.5, "top5": None, "protocol": "knn"}
+
+  cli.run(train, stage="pretrain", argv=argv)
+  assert "pretrain (knn): top1 50.00%" in capsys.readouterr().out
+
+
+def test_help_names_the_recipes_file(capsys):
+  with pytest.raises(SystemExit) as stop:
+    parse("--help")
+  assert stop.value.code == 0
+  assert "configs/pretrain.py" in capsys.readouterr().out

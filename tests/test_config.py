@@ -1,0 +1,124 @@
+"""Recipes, their options, derived fields and checks."""
+
+import json
+
+import ml_collections
+import pytest
+
+from simclr_jax import cli
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+def recipe(stage, arg):
+  config = cli.load_recipe(arg, stage=stage)
+  config.unlock()
+  return config
+
+
+def test_options_are_cast_to_the_type_of_their_default():
+  name, options = config_lib.parse_arg(
+    "b,rate=2,flag,count=3,off=false",
+    recipes=("a", "b"),
+    rate=0.5,
+    flag=False,
+    count=1,
+    off=True,
+  )
+  assert name == "b"
+  assert options.to_dict() == dict(rate=2.0, flag=True, count=3, off=False)
+
+
+@pytest.mark.parametrize(
+  "arg, message",
+  [
+    ("digit", 'unknown recipe "digit"; did you mean "digits"?'),
+    ("digits,labls=1", 'no option "labls"; did you mean "labels"?'),
+    ("digits,labels=few", 'labels takes float, got "few"'),
+    ("digits,linear=maybe", 'linear takes bool, got "maybe"'),
+  ],
+)
+def test_mistakes_in_the_argument_are_named(arg, message):
+  with pytest.raises(UserError, match="recipe|option") as error:
+    config_lib.parse_arg(
+      arg, recipes=("digits",), labels=100.0, linear=False
+    )
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+STAGES = ("pretrain", "finetune", "distill")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet"])
+def test_every_recipe_passes_its_own_check(stage, name):
+  config = recipe(stage, name)
+  config_lib.check(config, num_devices=1)
+  assert config.stage == stage
+  assert config.recipe == name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_config_survives_json(stage):
+  config = recipe(stage, "digits")
+  stored = config_lib.from_json_tree(json.loads(config_lib.to_json(config)))
+  assert stored.to_dict() == config.to_dict()
+  assert isinstance(stored.augment.area_range, tuple)
+
+
+# Steps, warm-up steps and the step numbers inside the released checkpoints.
+@pytest.mark.parametrize(
+  "num_examples, batch, epochs, steps",
+  [
+    (1281167, 4096, 800.0, 250228),
+    (1281167, 1024, 30.0, 37535),
+    (128116, 1024, 30.0, 3754),
+    (12811, 1024, 60.0, 751),
+    (1281167, 4096, 90.0, 28151),
+    (50000, 512, 1000.0, 97657),
+  ],
+)
+def test_num_steps_is_the_official_count(num_examples, batch, epochs, steps):
+  config = ml_collections.ConfigDict(
+    dict(num_steps=0, num_epochs=epochs, batch_size=batch)
+  )
+  assert config_lib.num_steps(config, num_examples) == steps
+  config.num_steps = 7
+  assert config_lib.num_steps(config, num_examples) == 7
+
+
+def test_warmup_steps_are_the_official_count():
+  config = recipe("pretrain", "imagenet")
+  config.optim.warmup_epochs = 10.0
+  assert config_lib.warmup_steps(config, 1281167) == 3127
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("batch_size", 0, "config.batch_size must be above 0, got 0"),
+    ("batch_size", 100, "which 8 devices do not divide; take 96"),
+    ("optim.learning_rate", -1.0, "config.optim.learning_rate must not be"),
+    ("optim.name", "larz", 'got "larz"; did you mean "lars"?'),
+    ("model.dtype", "float16", "config.model.dtype must be one of auto, "),
+    ("loss.temperature", 0.0, "config.loss.temperature must be above 0"),
+    ("num_epochs", 0.0, "config.num_epochs or config.num_steps"),
+  ],
+)
+def test_wrong_values_are_named(field, value, message):
+  config = recipe("pretrain", "digits")
+  config_lib.set_field(config, field, value)
+  with pytest.raises(UserError) as error:
+    config_lib.check(config, num_devices=8)
+  assert message in str(error.value)
+
+
+def test_inherit_fills_sentinels_and_refuses_other_values():
+  config = recipe("finetune", "digits").lock()
+  stored = {"model.depth": 50, "model.sk_ratio": 0.0, "model.stem": "cifar"}
+  config_lib.inherit(config, stored, stored, where="the run X")
+  assert (config.model.depth, config.model.stem) == (50, "cifar")
+  with pytest.raises(UserError, match=r"model.depth is 50, but the run X has 1"):
+    config_lib.inherit(
+      config, {"model.depth": 18}, ["model.depth"], where="the run X"
+    )

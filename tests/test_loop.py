@@ -1,0 +1,234 @@
+"""The loop with a network of one matrix: log, save, resume, stop."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from simclr_jax import checkpoint, loop, parallel
+from simclr_jax.config import UserError
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def make_config(**changes):
+  return ml_collections.ConfigDict(
+    dict(
+      seed=3,
+      batch_size=16,
+      num_epochs=1.0,
+      num_steps=0,
+      log_every_steps=2,
+      eval_every_steps=5,
+      checkpoint_every_steps=4,
+      keep_checkpoints=2,
+      optim=dict(learning_rate=0.1),
+    )
+    | changes
+  )
+
+
+def make_state():
+  params = {"encoder": {"kernel": np.ones((4, 2), np.float32)}}
+  return loop.TrainState(
+    step=np.asarray(0, np.int32),
+    params=params,
+    batch_stats={"encoder": {"mean": np.zeros(2, np.float32)}},
+    opt_state=jax.tree.map(np.asarray, OPTIMIZER.init(params)),
+  )
+
+
+def step_fn(state, batch, key):
+  key = jax.random.fold_in(key, state.step)
+  noise = jax.random.normal(key, (2,))
+
+  def loss_fn(params):
+    out = batch["x"] @ params["encoder"]["kernel"] + noise
+    return jnp.mean(jnp.square(out))
+
+  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  loss, grads = jax.lax.pmean((loss, grads), parallel.AXIS)
+  mean = state.batch_stats["encoder"]["mean"] * 0.9 + noise
+  state = state.apply_gradients(OPTIMIZER, grads, {"encoder": {"mean": mean}})
+  return state, {"loss": loss}
+
+
+def batches(start):
+  for step in range(start, 1000):
+    rng = np.random.default_rng((7, step))
+    yield {"x": rng.normal(size=(16, 4)).astype(np.float32)}
+
+
+def evaluate(state):
+  kernel = parallel.unreplicate(state).params["encoder"]["kernel"]
+  return {"top1": float(np.abs(kernel).sum())}
+
+
+def train(workdir, num_steps=14, **changes):
+  options = dict(
+    step_fn=step_fn,
+    batches=batches,
+    config=make_config(),
+    workdir=workdir,
+    num_steps=num_steps,
+    evaluate=evaluate,
+  )
+  return loop.run(make_state(), **(options | changes))
+
+
+def lines(workdir):
+  """metrics.jsonl without the fields that are about time."""
+  text = (workdir / "metrics.jsonl").read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  return [
+    {k: v for k, v in row.items() if k != "images_per_second"} for row in rows
+  ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  state, metrics = train(workdir)
+  return state, metrics, lines(workdir)
+
+
+def assert_same_state(a, b):
+  jax.tree.map(np.testing.assert_array_equal, vars(a), vars(b))
+
+
+def test_lines_are_at_the_steps_of_the_config(whole):
+  steps = [(row["step"], "eval_top1" in row) for row in whole[2]]
+  assert steps == [
+    (1, False),
+    (2, False),
+    (4, False),
+    (5, True),
+    (6, False),
+    (8, False),
+    (10, False),
+    (10, True),
+    (12, False),
+    (14, False),
+    (14, True),
+  ]
+
+
+class Killed(BaseException):
+  """Ends a run without any clean-up of its own."""
+
+
+# At each of these places: before the first save, between two, and after one.
+@pytest.mark.parametrize("at", [2, 6, 9, 13])
+def test_a_killed_run_ends_as_if_it_had_not_been(whole, tmp_path, at):
+  def killed_batches(start):
+    for step, batch in enumerate(batches(start), start):
+      if step == at:
+        raise Killed
+      yield batch
+
+  with pytest.raises(Killed):
+    train(tmp_path, batches=killed_batches)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 1')  # torn
+  state, metrics = train(tmp_path)
+  assert_same_state(state, whole[0])
+  assert lines(tmp_path) == whole[2]
+  assert metrics["top1"] == whole[1]["top1"]
+
+
+def test_a_complete_run_is_only_evaluated_again(whole, tmp_path):
+  train(tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_text()
+
+  def no_batches(start):
+    raise AssertionError("no step is left")
+    yield
+
+  state, metrics = train(tmp_path, batches=no_batches)
+  assert_same_state(state, whole[0])
+  assert metrics["top1"] == whole[1]["top1"]
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_leaves(whole, tmp_path, number, code, capsys):
+  def signalled(start):
+    for step, batch in enumerate(batches(start), start):
+      if step == 6:
+        os.kill(os.getpid(), getattr(signal, number))
+      yield batch
+
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(SystemExit) as stop:
+    config = make_config(checkpoint_every_steps=1000)
+    train(tmp_path, batches=signalled, config=config)
+  assert stop.value.code == code
+  assert signal.getsignal(signal.SIGTERM) is before
+  (saved,) = (tmp_path / "checkpoints").iterdir()
+  assert 6 <= int(saved.name) <= 9
+  assert f"at step {saved.name}, saved" in capsys.readouterr().out
+  state, _ = train(tmp_path)
+  assert_same_state(state, whole[0])
+  assert lines(tmp_path) == whole[2]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+  whole, tmp_path, caplog
+):
+  train(tmp_path)
+  newest = tmp_path / "checkpoints" / "14"
+  victims = [f for f in newest.rglob("*") if f.is_file() and "/d/" in str(f)]
+  assert victims
+  for file in victims:
+    file.write_bytes(file.read_bytes()[:10])
+  state, _ = train(tmp_path)
+  assert "checkpoints/14 is damaged" in caplog.text
+  assert_same_state(state, whole[0])
+  assert lines(tmp_path) == whole[2]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+  def poisoned(start):
+    for step, batch in enumerate(batches(start), start):
+      yield {"x": batch["x"] * np.float32(np.nan if step == 9 else 1)}
+
+  with pytest.raises(UserError, match="loss is nan at step 10.*learning_rate"):
+    train(tmp_path, batches=poisoned)
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    assert manager.latest_step() == 8
+
+
+def test_only_the_latest_checkpoints_are_kept(tmp_path):
+  train(tmp_path)
+  names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert names == {"12", "14"}
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path, capsys):
+  loop.claim(make_config(), tmp_path)
+  loop.claim(make_config(log_every_steps=9), tmp_path)
+  assert capsys.readouterr().out == ""
+  loop.claim(make_config(num_steps=50), tmp_path)
+  assert "warning: num_steps changed" in capsys.readouterr().out
+  with pytest.raises(UserError, match=r"another run: .*config.seed was 3, is 4"):
+    loop.claim(make_config(seed=4), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("")
+  with pytest.raises(UserError, match="cannot be written: "):
+    loop.claim(make_config(), file / "run")
+
+
+def test_finished(tmp_path):
+  assert loop.finished(tmp_path, 5) is None
+  loop.write_result(tmp_path, {"num_steps": 5, "top1": 0.5})
+  assert loop.finished(tmp_path, 5)["top1"] == 0.5
+  assert loop.finished(tmp_path, 6) is None

@@ -1,0 +1,531 @@
+"""The network against the official code, and what trains in each stage.
+
+Golden numbers: google-research/simclr at 383d414 run in float64 (TF 1.15.4) on
+the weights of det.py, through `convert.from_tensorflow`.
+"""
+
+import functools
+
+import det
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from simclr_jax import convert, losses, models, optimizers
+from simclr_jax.config import UserError
+
+R18 = {"depth": 18, "width": 1, "sk_ratio": 0.0, "stem": "cifar"}
+R50 = {"depth": 50, "width": 1, "sk_ratio": 0.0, "stem": "imagenet"}
+SK50 = R50 | {"sk_ratio": 0.0625}
+ENDPOINTS = (
+  "initial_conv",
+  "initial_max_pool",
+  "block_group1",
+  "block_group2",
+  "block_group3",
+  "block_group4",
+)
+TINY = {"depth": 18, "width": 0.125, "stem": "cifar", "dim": 16}
+
+
+def official_layout(outputs, head_layer):
+  """Our outputs as the arrays that the golden files keep."""
+  outputs = {name: np.asarray(x) for name, x in outputs.items()}
+  kept = {f"logits_sup_sel{head_layer}": outputs["logits"]}
+  for name in ENDPOINTS:
+    x = outputs[name]
+    kept[f"{name}/mean"], kept[f"{name}/std"] = x.mean(), x.std()
+    kept[f"{name}/absmax"] = np.abs(x).max()
+    kept[f"{name}/map"] = x[0, :, :, : 1 if name == "initial_conv" else 2]
+    kept[f"{name}/pixel"] = x[-1, x.shape[1] // 2, x.shape[2] // 2]
+  kept["final_avg_pool"] = outputs["h"]
+  for k in (1, 2, 3):
+    kept[f"proj_hidden_{k}"] = outputs[f"head_{k}"]
+  return kept
+
+
+def assert_golden(got, want, tolerance, only=None):
+  for name in only or got:
+    if name in want:
+      x, y = got[name], want[name]
+      x = x[..., : y.shape[-1]] if y.ndim else x  # some keep the first columns
+      np.testing.assert_allclose(
+        x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=name
+      )
+
+
+def golden_case(names, side, batch, arch, *, dtype, tame=False):
+  variables = convert.from_tensorflow(
+    det.weights(names, tame=tame, dtype=dtype), **arch
+  )
+  name = f"resnet/input_{side}x{side}_b{batch}"
+  return variables, det.array(name, (batch, side, side, 3), "uniform", dtype)
+
+
+def check_inference(golden, names, numbers, arch, *, dtype, head_layer, **case):
+  names = golden(names) if isinstance(names, str) else names
+  numbers = golden(numbers) if isinstance(numbers, str) else numbers
+  variables, images = golden_case(names, arch=arch, dtype=dtype, **case)
+  model = models.make_model(
+    **arch, num_classes=1000, head_layer=head_layer, dtype=dtype, conv="xla"
+  )
+  outputs = jax.jit(functools.partial(model.apply, endpoints=True))(
+    variables, images
+  )
+  wide = np.dtype(dtype)
+  assert all(x.dtype == wide for x in outputs.values())
+  np.testing.assert_array_equal(outputs["z"], outputs["head_3"])
+  np.testing.assert_array_equal(outputs["h"], outputs["head_0"])
+  got = official_layout(outputs, head_layer)
+  with np.load(numbers) as want:
+    assert len(set(got) & set(want)) == 35
+    # TensorFlow's own float32 is 7e-7 from its float64 in these cases.
+    assert_golden(got, want, 1e-6 if dtype == np.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("head_layer", [0, 1])
+def test_r18_inference_float64(golden, x64, head_layer):
+  check_inference(
+    golden,
+    "names_r18.json",
+    "model_r18_eval.npz",
+    R18,
+    side=32,
+    batch=2,
+    dtype=np.float64,
+    head_layer=head_layer,
+  )
+
+
+def test_r18_inference_float32(golden):
+  check_inference(
+    golden,
+    "names_r18.json",
+    "model_r18_eval.npz",
+    R18,
+    side=32,
+    batch=2,
+    dtype=np.float32,
+    head_layer=1,
+  )
+
+
+@pytest.mark.parametrize(
+  "name, side, arch", [("r50", 72, R50), ("r50_sk", 64, SK50)]
+)
+def test_r50_inference(golden, x64, name, side, arch):
+  """72 pixels make odd maps, where a padding mistake shows."""
+  check_inference(
+    golden,
+    f"names_{name}.json",
+    f"model_{name}_eval.npz",
+    arch,
+    side=side,
+    batch=2,
+    tame=True,
+    dtype=np.float64,
+    head_layer=1,
+  )
+
+
+def test_r50_inference_from_reference_data(golden, shared, x64):
+  check_inference(
+    golden,
+    "names_r50.json",
+    shared / "golden" / "c_r50_1x_sk0_i64_b2_eval_plain.npz",
+    R50,
+    side=64,
+    batch=2,
+    dtype=np.float64,
+    head_layer=0,
+  )
+
+
+def test_r18_training_moves_the_averages(golden, x64):
+  variables, images = golden_case(
+    golden("names_r18.json"), 32, 8, R18, dtype=np.float64
+  )
+  model = models.make_model(
+    **R18, num_classes=1000, head_layer=0, dtype=np.float64, conv="xla"
+  )
+  outputs, updated = jax.jit(
+    functools.partial(
+      model.apply, train=True, endpoints=True, mutable=["batch_stats"]
+    )
+  )(variables, images)
+  with np.load(golden("model_r18_train.npz")) as want:
+    assert_golden(official_layout(outputs, 0), want, 1e-6)
+    moved = tensorflow_values(updated)
+    names = [name for name in want if name.startswith("bn_after/")]
+    assert len(names) == 10
+    for name in names:
+      np.testing.assert_allclose(
+        moved[name.removeprefix("bn_after/")], want[name], rtol=1e-6, atol=1e-7
+      )
+    np.testing.assert_allclose(
+      [np.linalg.norm(x) for n, x in moved.items() if "/moving_" in n],
+      want["bn_after_norms"],
+      rtol=1e-6,
+    )
+
+
+def tensorflow_values(variables, names=None):
+  """TF1 name -> value, in the official order of creation, of what is there."""
+  names = names or convert.tensorflow_names(
+    depth=18, sk_ratio=0.0, stem="cifar"
+  )
+  values = {}
+  for name, path in names.items():
+    node = variables
+    for key in path:
+      node = node.get(key) if isinstance(node, dict) else None
+    if node is not None:
+      values[name] = np.asarray(node)
+  return values
+
+
+@pytest.fixture
+def golden_finetuning(golden):
+  variables = convert.from_tensorflow(
+    {
+      # The classifier of this case has 10 classes rather than 1000.
+      name: det.array(name, (512, 10), "kernel", np.float64)
+      if x.shape == (512, 1000)
+      else det.array(name, (10,), "bias", np.float64)
+      if x.shape == (1000,)
+      else x
+      for name, x in det.weights(
+        golden("names_r18.json"), dtype=np.float64
+      ).items()
+    },
+    **R18,
+  )
+  images = det.array(
+    "trainstep/input_finetune", (16, 32, 32, 3), "blocks", np.float64
+  )
+  labels = np.eye(10)[(3 * np.arange(16)) % 10]
+  return variables, images, labels
+
+
+def test_official_finetuning_for_three_steps(golden, x64, golden_finetuning):
+  """Gradients, parameters, momentum and moving averages of f_trainstep_*."""
+  variables, images, labels = golden_finetuning
+  model = models.make_model(
+    **R18, num_classes=10, head_layer=1, dtype=np.float64, conv="xla"
+  )
+  mask = models.trainable(
+    variables["params"], head_layer=1, train_head_layer=False
+  )
+  schedule = optimizers.learning_rate_schedule(
+    learning_rate=3.2,
+    batch_size=16,
+    scaling="linear",
+    warmup_steps=2,
+    num_steps=10,
+  )
+  tx = optimizers.make_optimizer(
+    "lars", learning_rate=schedule, weight_decay=1e-4, trainable=mask
+  )
+
+  def loss_fn(params, stats):
+    outputs, updated = model.apply(
+      {"params": params, "batch_stats": stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+    )
+    loss = optax.softmax_cross_entropy(outputs["logits"], labels).mean()
+    return loss, updated["batch_stats"]
+
+  @jax.jit
+  def step(params, stats, opt_state):
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      params, stats
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), stats, opt_state, loss, grads
+
+  params, stats = variables["params"], variables["batch_stats"]
+  opt_state = tx.init(params)
+  with np.load(golden("model_finetune_step.npz")) as want:
+    want = dict(want)
+  for t in range(3):
+    params, stats, opt_state, loss, grads = step(params, stats, opt_state)
+    moving = tensorflow_values({"batch_stats": stats})
+    got = {
+      "moving_norm": norms(moving.values()),
+      **summary("param", tensorflow_values({"params": params})),
+    }
+    assert_golden(
+      {f"step{t}/{name}": x for name, x in got.items()}, want, 1e-6
+    )
+    kernel = params["classifier"]["kernel"]
+    decay = 0.5 * 1e-4 * float(jnp.sum(kernel**2))
+    assert loss == pytest.approx(want[f"step{t}/loss"], rel=1e-3 + decay)
+    if t == 0:
+      slopes = tensorflow_values({"params": grads})
+      none = want["grad0/is_none"]
+      # The official gradient includes the decay that the optimizer adds here.
+      name = "head_supervised/linear_layer/dense/kernel"
+      first = tensorflow_values(variables)[name]
+      slopes[name] = slopes[name] + 1e-4 * first
+      for name, x in summary("grad", slopes).items():
+        golden_name = f"grad0/{name.removeprefix('grad_')}"
+        np.testing.assert_allclose(
+          x[~none],
+          want[golden_name][~none],
+          atol=1e-6 * np.abs(want[golden_name]).max(),
+        )
+        assert not x[none].any()
+  unchanged = jax.tree.map(
+    lambda a, b: bool((a == b).all()), variables["params"], params
+  )
+  assert jax.tree.leaves(unchanged) == [not x for x in jax.tree.leaves(mask)]
+
+
+def norms(values):
+  return np.array([np.linalg.norm(x) for x in values])
+
+
+def summary(prefix, values):
+  return {
+    f"{prefix}_norm": norms(values.values()),
+    f"{prefix}_first4": np.stack([x.ravel()[:4] for x in values.values()]),
+  }
+
+
+@pytest.fixture(scope="module")
+def tiny_shapes():
+  def build(channels=3, side=16, dtype=jnp.float32, **options):
+    model = models.make_model(**(TINY | options), dtype=dtype, conv="xla")
+    wide = jnp.promote_types(dtype, jnp.float32)
+    images = jax.ShapeDtypeStruct((2, side, side, channels), wide)
+    return model, jax.eval_shape(model.init, jax.random.key(0), images), images
+
+  return build
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
+def test_heads(tiny_shapes, num_layers):
+  model, variables, images = tiny_shapes(
+    num_layers=num_layers, num_classes=5, head_layer=0
+  )
+  outputs = jax.eval_shape(model.apply, variables, images)
+  want = {"h": (2, 64), "logits": (2, 5)}
+  want |= {f"head_{k}": (2, 64) for k in range(num_layers)}
+  want |= {f"head_{num_layers}": (2, 16 if num_layers else 64)}
+  want |= {"z": want[f"head_{num_layers}"]}
+  assert {name: x.shape for name, x in outputs.items()} == want
+  params = variables["params"]
+  assert list(params) == [
+    "encoder",
+    *(["projection_head"] if num_layers else []),
+    "classifier",
+  ]
+  head = params.get("projection_head", {})
+  leaves = {name: sorted(head[name]) for name in head}
+  assert leaves == {
+    **{f"dense_{k}": ["kernel"] for k in range(1, num_layers + 1)},
+    **{f"bn_{k}": ["bias", "scale"] for k in range(1, num_layers)},
+    **({f"bn_{num_layers}": ["scale"]} if num_layers else {}),
+  }
+
+
+def test_head_parameter_count():
+  model, shapes, _ = (lambda m: (m, None, None))(
+    models.ProjectionHead(num_layers=3, dim=128)
+  )
+  h = jax.ShapeDtypeStruct((2, 2048), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), h)["params"]
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 8_659_072
+
+
+@pytest.mark.parametrize(
+  "dtype, wide", [("bfloat16", "float32"), ("float32", "float32")]
+)
+def test_dtypes(tiny_shapes, dtype, wide):
+  model, variables, images = tiny_shapes(num_classes=5, dtype=jnp.dtype(dtype))
+  outputs = jax.eval_shape(model.apply, variables, images)
+  for leaf in [*jax.tree.leaves(variables), *outputs.values()]:
+    assert leaf.dtype == jnp.dtype(wide)
+
+
+def test_initial_values(tiny_shapes):
+  for zero in (False, True):
+    model, _, images = tiny_shapes(num_classes=500, zero_init_classifier=zero)
+
+    @jax.jit  # XLA drops the encoder
+    def init(key, model=model, images=images):
+      params = model.init(key, jnp.zeros(images.shape))["params"]
+      return params["projection_head"], params["classifier"]
+
+    head, classifier = init(jax.random.key(0))
+    std = np.std(classifier["kernel"])
+    assert std == 0 if zero else std == pytest.approx(0.01, rel=0.02)
+    assert not classifier["bias"].any()
+    assert np.std(head["dense_1"]["kernel"]) == pytest.approx(0.01, rel=0.05)
+
+
+def test_probe_does_not_reach_the_network(tiny_shapes):
+  for probe in (False, True):
+    model, shapes, images = tiny_shapes(num_classes=5, probe=probe)
+    variables = det.variables(shapes)
+
+    @jax.jit
+    def gradient(params, model=model, variables=variables, images=images):
+      def loss(params):
+        outputs = model.apply(
+          variables | {"params": params}, jnp.ones(images.shape)
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(
+          outputs["logits"], jnp.arange(2)
+        ).mean()
+
+      return jax.grad(loss)(params)
+
+    grads = gradient(variables["params"])
+    assert grads["classifier"]["kernel"].any()
+    reached = any(x.any() for x in jax.tree.leaves(grads["encoder"]))
+    assert reached != probe
+    head = grads["projection_head"]
+    assert bool(head["dense_1"]["kernel"].any()) != probe
+    assert not head["dense_2"]["kernel"].any()
+
+
+def test_linear_evaluation_freezes_encoder_and_head(tiny_shapes):
+  model, shapes, images = tiny_shapes(num_classes=5, freeze_after_block=4)
+  variables = det.variables(shapes)
+  images = np.random.default_rng(0).random(images.shape, np.float32)
+
+  @jax.jit
+  def step(params):
+    def loss(params):
+      outputs, updated = model.apply(
+        variables | {"params": params},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+      )
+      return jnp.sum(outputs["logits"] ** 2), updated
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  grads, updated = step(variables["params"])
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    updated["batch_stats"],
+    variables["batch_stats"],
+  )
+  mask = models.trainable(variables["params"], freeze_after_block=4)
+  nonzero = jax.tree.map(lambda x: bool(x.any()), grads)
+  assert nonzero == mask
+  assert mask["classifier"] == {"kernel": True, "bias": True}
+
+
+@pytest.mark.parametrize("last_frozen", [-1, 0, 2, 4])
+@pytest.mark.parametrize("head_layer", [0, 1, 3])
+@pytest.mark.parametrize("train_head_layer", [True, False])
+def test_trainable(tiny_shapes, last_frozen, head_layer, train_head_layer):
+  params = tiny_shapes(num_classes=5)[1]["params"]
+  mask = models.trainable(
+    params,
+    freeze_after_block=last_frozen,
+    head_layer=head_layer,
+    train_head_layer=train_head_layer,
+  )
+  assert jax.tree.structure(mask) == jax.tree.structure(params)
+  groups = ["stem", *(f"block_group{k}" for k in range(1, 5))]
+  for k, group in enumerate(groups):
+    assert set(jax.tree.leaves(mask["encoder"][group])) == {k > last_frozen}
+  for layer, sub in mask["projection_head"].items():
+    k = int(layer[-1])
+    trains = k <= head_layer and train_head_layer and last_frozen < 4
+    assert set(jax.tree.leaves(sub)) == {trains}
+  assert all(jax.tree.leaves(mask["classifier"]))
+
+
+def test_convolutions_agree(x64):
+  """`conv="cpu"` is the same network."""
+  images = np.random.default_rng(0).random((4, 16, 16, 3))
+  got = []
+  for conv in ("xla", "cpu"):
+    model = models.make_model(**TINY, dtype=jnp.float64, conv=conv)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = det.variables(shapes)
+    got.append(
+      jax.jit(functools.partial(model.apply, train=True, mutable="batch_stats"))(
+        variables, images
+      )
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), *got
+  )
+
+
+def test_bfloat16_step_is_near_float32():
+  """Loss within 1%, cosine of the gradients above 0.99, from random weights."""
+  images = np.random.default_rng(0).random((8, 4, 4, 3), np.float32)
+  images = images.repeat(4, 1).repeat(4, 2)
+  noise = np.random.default_rng(1).normal(size=(2, *images.shape)) * 0.1
+  views = np.clip(images + noise, 0, 1).reshape(16, 16, 16, 3)
+  got = {}
+  for dtype in (jnp.float32, jnp.bfloat16):
+    model = models.make_model(
+      **(TINY | {"width": 0.25}), dtype=dtype, conv="xla"
+    )
+    variables = jax.jit(model.init)(jax.random.key(0), views[:1])
+
+    @jax.jit
+    def step(variables, views, model=model):
+      def loss(params):
+        outputs, _ = model.apply(
+          variables | {"params": params},
+          views,
+          train=True,
+          mutable=["batch_stats"],
+        )
+        z1, z2 = jnp.split(outputs["z"], 2)
+        return losses.nt_xent(z1, z2, temperature=0.5)[0]
+
+      return jax.value_and_grad(loss)(variables["params"])
+
+    loss, grads = step(variables, views.astype(np.float32))
+    got[dtype] = (
+      float(loss),
+      np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)]),
+    )
+  (loss32, a), (loss16, b) = got.values()
+  assert loss16 == pytest.approx(loss32, rel=0.01)
+  assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"depth": 19}, "model.depth: got 19"),
+    ({"stem": "auto"}, 'model.stem: got "auto"'),
+    ({"sk_ratio": 0.0625}, "need bottleneck blocks"),
+    ({"num_layers": -1}, "head.num_layers and head.dim: got -1 and 16"),
+    ({"dim": 0}, "head.num_layers and head.dim: got 3 and 0"),
+    ({"num_classes": 0}, "num_classes: got 0"),
+    ({"num_classes": 5, "head_layer": 4}, "head_layer: got 4, but .* 3 layers"),
+    ({"num_classes": 5, "head_layer": -1}, "head_layer: got -1"),
+    ({"num_classes": 5, "num_layers": 0}, "head_layer: got 1, but .* 0 layers"),
+    ({"freeze_after_block": 5}, "freeze_after_block: got 5"),
+    ({"bn_group_size": -1}, "bn_group_size: got -1"),
+    ({"conv": "gpu"}, 'conv: got "gpu"'),
+  ],
+)
+def test_wrong_options(wrong, message):
+  with pytest.raises(UserError, match=message) as error:
+    models.make_model(**(TINY | wrong))
+  assert "\n" not in str(error.value)
+
+
+def test_images_must_be_float(tiny_shapes):
+  model, variables, images = tiny_shapes()
+  wrong = jax.ShapeDtypeStruct(images.shape, jnp.uint8)
+  with pytest.raises(UserError, match="got uint8 of shape"):
+    jax.eval_shape(model.apply, variables, wrong)
