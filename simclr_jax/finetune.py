@@ -158,7 +158,7 @@ def _resolve_network(config) -> dict | None:
     config_lib.fill(config, scratch, names)
     print("finetune: config.pretrained is empty, so training from scratch")
     return None
-  stored, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
+  stored, loaded = build.load_pretrained(config)
   where = f"the checkpoint {config.pretrained}"
   config_lib.inherit(config, config_lib.flat(stored), names, where=where)
   if config.head_layer > config.head.num_layers:

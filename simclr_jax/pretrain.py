@@ -16,13 +16,15 @@ from simclr_jax import (
   cli,
   loop,
   losses,
-  metrics as metrics_lib,
   optimizers,
   parallel,
   predict,
   probes,
 )
 from simclr_jax import config as config_lib
+from simclr_jax import (
+  metrics as metrics_lib,
+)
 
 
 def train_step(
