@@ -4,7 +4,8 @@
   --config=configs/finetune.py:digits,labels=1     1% of them
   --config=configs/finetune.py:digits,linear       linear evaluation: the
                                                    encoder stays as it is
-  --config=configs/finetune.py:digits,supervised   from scratch, all labels
+  --config=configs/finetune.py:imagenet,supervised the official baseline: from
+                                                   scratch, on all labels
 
 Recipes: digits, cifar10, imagenet. `--config.pretrained=DIR` names the run to
 start from; without it the same network is trained from scratch. The fields of
@@ -24,6 +25,7 @@ def get_config(arg="digits"):
     recipes=("digits", "cifar10", "imagenet"),
     labels=100.0,  # percent
     linear=False,
+    supervised=False,
   )
   config = ml_collections.ConfigDict()
   config.stage = "finetune"
@@ -75,7 +77,7 @@ def get_config(arg="digits"):
 
   config.optim = ml_collections.ConfigDict()
   config.optim.name = "lars"  # lars | momentum | adam
-  config.optim.learning_rate = 0.005
+  config.optim.learning_rate = 0.005  # bigger than ResNet-50: 0.002
   config.optim.scaling = "sqrt"  # linear: * batch/256, sqrt: * batch**0.5, none
   config.optim.warmup_epochs = 0.0
   config.optim.weight_decay = 0.0
@@ -108,6 +110,16 @@ def get_config(arg="digits"):
     config.optim.scaling = "linear"
     config.optim.weight_decay = 1e-6
 
+  if options.supervised:
+    # google-research/simclr issue 10: SGD, no head.
+    config.batch_size = 4096
+    config.num_epochs = 90.0
+    config.head_layer = 0
+    config.optim.name = "momentum"
+    config.optim.learning_rate = 0.1
+    config.optim.scaling = "linear"
+    config.optim.weight_decay = 1e-4
+
   if recipe == "cifar10":
     config.batch_size = 512
     config.data.name = "tfds:cifar10"
@@ -134,8 +146,11 @@ def get_config(arg="digits"):
     config.log_every_steps = 20
     config.eval_every_steps = 1000
     if options.linear:
+      # Adam, because h is not scaled and its size depends on the pretraining.
       config.batch_size = 256
       config.num_steps = 200
-      config.optim.learning_rate = 0.3
+      config.optim.name = "adam"
+      config.optim.learning_rate = 0.01
+      config.optim.scaling = "none"
 
   return config

@@ -88,10 +88,10 @@ install() {
   echo "installing into $venv: a minute or two, 1 GB (a GPU's extra: 5 GB)"
   set -- --constraint "$root/constraints.txt" \
     --editable "$root${extras:+[${extras#,}]}"
-  if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    set -- "$venv/bin/python" -m pip install "$@"
-  else
+  if uv --version >/dev/null 2>&1; then
     set -- uv pip install --python "$venv/bin/python" "$@"
+  else
+    set -- "$venv/bin/python" -m pip install "$@"
   fi
   "$@" >"$venv/install.log" 2>&1 </dev/null || rc=$?
   if [ "$rc" != 0 ]; then

@@ -182,13 +182,23 @@ def init_state(variables: dict, optimizer) -> loop.TrainState:
 
 
 def make_schedule(config, num_examples: int, num_steps: int):
-  """The learning rate of each step."""
+  """The learning rate of each step; prints what the run will do."""
+  options = {
+    "learning_rate": config.optim.learning_rate,
+    "batch_size": config.batch_size,
+    "scaling": config.optim.scaling,
+  }
+  warmup = config_lib.warmup_steps(config, num_examples)
+  peak = optimizers.peak_learning_rate(**options)
+  epochs = num_steps * config.batch_size / num_examples
+  print(
+    f"{config.stage}: {num_examples} images, {num_steps} steps ({epochs:.4g} "
+    f"epochs), {config.optim.name}, peak learning rate {peak:.4g} after "
+    f"{warmup} steps, weight decay {config.optim.weight_decay:g}",
+    flush=True,
+  )
   return optimizers.learning_rate_schedule(
-    learning_rate=config.optim.learning_rate,
-    batch_size=config.batch_size,
-    scaling=config.optim.scaling,
-    warmup_steps=config_lib.warmup_steps(config, num_examples),
-    num_steps=num_steps,
+    **options, warmup_steps=warmup, num_steps=num_steps
   )
 
 

@@ -5,8 +5,13 @@ of numpy arrays as one device has it: step, params, batch_stats and opt_state
 (by path, so that no optax class is needed to read it).
 """
 
+import contextlib
 import difflib
+import errno
 import hashlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,21 +33,66 @@ def _directory(workdir) -> epath.Path:
   return path / "checkpoints"
 
 
-def open_manager(workdir, *, keep: int) -> ocp.CheckpointManager:
-  """Opens a run's checkpoints for writing; use it as a context manager.
+@contextlib.contextmanager
+def writing(where) -> Iterator[None]:
+  """Turns a full disk, a read-only or a lost directory into a UserError.
+
+  Args:
+    where: the directory that is written to, for the message.
+  """
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    # TensorStore puts the system's error number into the text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if isinstance(error, OSError):
+      reason = error.strerror or str(error)
+    elif code:
+      reason = os.strerror(int(code[1]))
+    else:
+      raise
+    raise UserError(
+      f"{where} cannot be written: {reason}. The last complete checkpoint "
+      "there is intact; make room or give it back, and start the same command "
+      "again."
+    ) from None
+
+
+@contextlib.contextmanager
+def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
+  """Opens a run's checkpoints for writing.
+
+  Leaving it waits for the save under way, and may raise what `save` raises.
 
   Args:
     workdir: the run's directory.
     keep: how many of the latest checkpoints stay.
   """
-  return ocp.CheckpointManager(
-    _directory(workdir),
-    options=ocp.CheckpointManagerOptions(
-      preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-      cleanup_tmp_directories=True,
-      enable_async_checkpointing=True,
-    ),
-  )
+  # Orbax logs each failure three times with its trace, and raises it too.
+  logging.get_absl_logger().addFilter(_is_no_trace)
+  with writing(_directory(workdir)):
+    manager = ocp.CheckpointManager(
+      _directory(workdir),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      ),
+    )
+  try:
+    yield manager
+  except jax.errors.JaxRuntimeError:
+    raise  # a lost host: closing would wait for it
+  except BaseException:
+    with contextlib.suppress(Exception):  # the first error says more
+      manager.close()
+    raise
+  with writing(manager.directory):
+    manager.close()
+
+
+def _is_no_trace(record) -> bool:
+  return record.levelno < 40 or "orbax" not in record.pathname
 
 
 def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
@@ -53,15 +103,34 @@ def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
     state: step, params, batch_stats, opt_state; numpy leaves.
     config: the run's resolved config.
     extra: JSON values kept beside the config (label names, teacher, ...).
+
+  Raises:
+    UserError: this save or the one before it could not be written.
   """
   tree = dict(state, opt_state=_by_path(state["opt_state"]))
   described = {"config": config.to_dict(), "extra": extra or {}}
-  manager.save(
-    int(state["step"]),
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(tree), config=ocp.args.JsonSave(described)
-    ),
-  )
+  with writing(manager.directory):
+    if not manager.directory.exists():  # Orbax would make a new one
+      raise FileNotFoundError(errno.ENOENT, "the directory is gone")
+    manager.save(
+      int(state["step"]),
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(tree), config=ocp.args.JsonSave(described)
+      ),
+    )
+
+
+def check(manager, *, wait: bool = False) -> None:
+  """Raises UserError where the save under way has failed.
+
+  Args:
+    manager: from `open_manager`.
+    wait: until it is complete.
+  """
+  with writing(manager.directory):
+    if wait:
+      manager.wait_until_finished()
+    manager.check_for_errors()
 
 
 def _by_path(tree) -> dict:

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from simclr_jax import config as config_lib
 from simclr_jax import parallel
-from simclr_jax.config import UserError
+from simclr_jax.config import Diverged, UserError
 
 _USAGE = """usage: python -m simclr_jax.{stage} --config=RECIPE --workdir=DIR
 
@@ -42,10 +42,11 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
   try:
     config, workdir = parse(sys.argv[1:] if argv is None else argv, stage=stage)
     setup()
-    result = train_and_evaluate(config, workdir)
-  except UserError as error:
+    with parallel.together():
+      result = train_and_evaluate(config, workdir)
+  except (UserError, Diverged) as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(2 if isinstance(error, UserError) else 1)
   shown = ", ".join(
     f"{name} {result[name]:.2%}"
     for name in ("top1", "top5")

@@ -16,6 +16,10 @@ class UserError(ValueError):
   """A mistake of the user's: shown as one line, the process exits with 2."""
 
 
+class Diverged(RuntimeError):
+  """The loss is not finite: shown as one line, the process exits with 1."""
+
+
 def nearest(name: str, allowed: Sequence[str]) -> str:
   """Returns '; did you mean "x"?' for a close match of `name`, else ""."""
   close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
@@ -126,6 +130,7 @@ _POSITIVE = (
   "checkpoint_every_steps",
   "eval_every_steps",
   "keep_checkpoints",
+  "knn.num_neighbors",
 )
 _NOT_NEGATIVE = (
   "seed",
@@ -138,7 +143,7 @@ _NOT_NEGATIVE = (
   "optim.weight_decay",
   "label_percent",
   "labels_per_class",
-  "model.width",
+  "knn.bank_size",
   "loss.label_weight",
 )
 _CHOICES = {

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Elements of a block's patches or tiles: as much as still runs from cache.
+# Elements of a block's patches or tiles: mostly the best of 2**18, 20 and 22.
 PATCH_BLOCK, TILE_BLOCK = 2**20, 2**22
-# Winograd pays from this many channels on both sides, and from this many
-# multiply-adds: below, it saves less than the 0.2 s that each use takes to
-# compile.
+# Winograd is used from this many channels on both sides, and from this many
+# multiply-adds: it takes longer to compile, which a small network never earns.
 MIN_CHANNELS, MIN_WORK = 32, 2**29
 # Winograd's F(2x2, 3x3) (Lavin & Gray 2015): input, output, kernel transforms.
 _B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))

@@ -115,14 +115,11 @@ def _sum_over_pairs(rows, columns, index):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise(block_size, rows, columns, index):
   """_sum_over_pairs, `block_size` pairs at a time."""
-
-  def step(sums, block):
-    part = _sum_over_pairs(block[0], columns, block[1])
-    return jax.tree.map(jnp.add, sums, part), None
-
-  blocks = _to_blocks(block_size, rows, index)
-  zeros = _zeros_of(_sum_over_pairs, blocks[0][0], columns, blocks[1][0])
-  return jax.lax.scan(step, zeros, blocks)[0]
+  parts = jax.lax.map(
+    lambda block: _sum_over_pairs(block[0], columns, block[1]),
+    _to_blocks(block_size, rows, index),
+  )
+  return jax.tree.map(lambda part: part.sum(axis=0), parts)
 
 
 def _blockwise_forward(block_size, rows, columns, index):
@@ -130,17 +127,15 @@ def _blockwise_forward(block_size, rows, columns, index):
   # it is made here, where the logits are at hand, and never needs them again.
   grad_fn = jax.value_and_grad(_sum_over_pairs, argnums=(0, 1), has_aux=True)
 
-  def step(carry, block):
-    sums, columns_grad = carry
+  def step(columns_grad, block):
     part, (block_grad, part_grad) = grad_fn(block[0], columns, block[1])
-    sums = jax.tree.map(jnp.add, sums, part)
-    return (sums, columns_grad + part_grad), block_grad
+    return columns_grad + part_grad, (part, block_grad)
 
-  blocks = _to_blocks(block_size, rows, index)
-  zeros = _zeros_of(_sum_over_pairs, blocks[0][0], columns, blocks[1][0])
-  carry = (zeros, jnp.zeros_like(columns))
-  (sums, columns_grad), block_grads = jax.lax.scan(step, carry, blocks)
+  columns_grad, (parts, block_grads) = jax.lax.scan(
+    step, jnp.zeros_like(columns), _to_blocks(block_size, rows, index)
+  )
   rows_grad = jnp.moveaxis(block_grads, 0, 1).reshape(2, -1, rows.shape[2])
+  sums = jax.tree.map(lambda part: part.sum(axis=0), parts)
   return sums, (rows_grad[:, : rows.shape[1]], columns_grad)
 
 
@@ -162,11 +157,6 @@ def _to_blocks(block_size, rows, index):
   index = jnp.pad(index, (0, missing), constant_values=-1)
   blocks = rows.reshape(2, -1, block_size, features)
   return jnp.moveaxis(blocks, 1, 0), index.reshape(-1, block_size)
-
-
-def _zeros_of(f, *args):
-  shapes = jax.eval_shape(f, *args)
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def labelled_mean(

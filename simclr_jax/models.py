@@ -6,12 +6,14 @@ without classes has no "classifier", one without a head no "projection_head".
 Layer k of the head is "dense_k" and "bn_k", counted from 1 like "head_k".
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from simclr_jax import cpu_conv, resnet
 from simclr_jax.config import UserError
@@ -220,6 +222,53 @@ def make_model(
     head_layer=head_layer,
     detach_classifier=probe or is_frozen,
   )
+
+
+def init(model: SimCLR, key, images) -> dict:
+  """Random variables as NumPy arrays: the law of `model.init`, in a second.
+
+  XLA takes more than a second on two CPU cores to compile one random draw, and
+  `model.init` has one for each of 25 to 260 kernels, so these are drawn by
+  NumPy from (key, path): a variable's value depends on no other's.
+
+  Args:
+    model: from `make_model`.
+    key: a typed key.
+    images: float [n, H, W, C] or its ShapeDtypeStruct; only C matters.
+
+  Example:
+    variables = init(model, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  """
+  shapes = jax.eval_shape(model.init, key, images)
+  seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
+  is_bottleneck = resnet.DEPTHS[model.encoder.depth][1]
+  last_norm = "bn_3" if is_bottleneck else "bn_2"
+
+  def draw(path, leaf):
+    names = [part.key for part in path]
+    name = "/".join(names)
+    rng = np.random.default_rng([*seed, zlib.crc32(name.encode())])
+    if names[-1] == "kernel":
+      x = rng.standard_normal(leaf.shape)
+      if names[1] == "encoder":
+        while (far := np.abs(x) > 2).any():  # a normal law cut at 2
+          x[far] = rng.standard_normal(far.sum())
+        # 0.8796 is the standard deviation that the cut leaves.
+        x /= 0.87962566103423978 * np.sqrt(np.prod(leaf.shape[:-1]))
+      else:
+        is_zero = names[1] == "classifier" and (
+          model.classifier.kernel_init is nn.initializers.zeros
+        )
+        x = np.zeros(leaf.shape) if is_zero else 0.01 * x
+    elif names[-1] in ("scale", "var"):
+      ends_block = names[-2] == last_norm and names[2] != "stem"
+      is_zero = names[1] == "encoder" and ends_block and names[-1] == "scale"
+      x = np.zeros(leaf.shape) if is_zero else np.ones(leaf.shape)
+    else:
+      x = np.zeros(leaf.shape)
+    return x.astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def trainable(

@@ -164,7 +164,7 @@ def _make_evaluate(config, model, train, test):
   """State -> kNN accuracy of h and accuracy of the probe, or None."""
   if test is None or not train.num_classes:
     return None
-  bank = train.select(np.flatnonzero(train.labels >= 0)[: config.knn_bank_size])
+  bank = train.select(np.flatnonzero(train.labels >= 0)[: config.knn.bank_size])
   probe = model.classifier is not None
   predict_fn = predict.make_predict(
     model,
@@ -185,6 +185,7 @@ def _make_evaluate(config, model, train, test):
         outputs["h"],
         test.labels,
         num_classes=train.num_classes,
+        k=config.knn.num_neighbors,
       )
     if probe:
       values["probe_top1"] = probes.top_k(outputs["logits"], test.labels)[

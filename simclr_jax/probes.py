@@ -82,10 +82,10 @@ def knn(
     UserError: no labelled row on either side, or a label too high.
   """
   train_features, train_labels = _labelled(
-    train_features, train_labels, num_classes
+    (train_features, train_labels), num_classes
   )
   test_features, test_labels = _labelled(
-    test_features, test_labels, num_classes
+    (test_features, test_labels), num_classes
   )
   k = min(k, len(train_labels))
   held = max(len(train_labels), k * num_classes)
@@ -113,7 +113,9 @@ def _knn_votes(train, labels, test, *, num_classes, k, temperature, block_size):
     # 1 is the highest cosine: the vote of an identical image weighs 1.
     weights = jnp.exp((nearest - 1) / temperature)
     classes = jax.nn.one_hot(labels[index], num_classes, dtype=weights.dtype)
-    return jnp.einsum("mk,mkc->mc", weights, classes)
+    return jnp.einsum(
+      "mk,mkc->mc", weights, classes, precision=jax.lax.Precision.HIGHEST
+    )
 
   m = len(test)
   test = jnp.pad(test, ((0, -m % block_size), (0, 0)))
@@ -185,33 +187,33 @@ def ridge(
 
 
 def _fit_and_score(fit_fn, train, test, num_classes, l2):
-  features, labels = _labelled(*train, num_classes)
-  test_features, test_labels = _labelled(*test, num_classes)
+  features, labels = _labelled(train, num_classes)
+  test_features, test_labels = _labelled(test, num_classes)
   mean = jnp.mean(features, axis=0)
   centred = features - mean
   # Not each feature by its own deviation: that would blow up dead ones.
   scale = jax.lax.rsqrt(jnp.maximum(jnp.mean(jnp.square(centred)), 1e-12))
-  kernel, bias = fit_fn(centred * scale, labels, num_classes, l2)
-  return top_k((test_features - mean) * scale @ kernel + bias, test_labels)
+  # Matrix units would otherwise round the factors to 8 or 10 bits.
+  with jax.default_matmul_precision("highest"):
+    kernel, bias = fit_fn(centred * scale, labels, num_classes, l2)
+    logits = (test_features - mean) * scale @ kernel + bias
+  return top_k(logits, test_labels)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes",))
 def _least_squares(x, labels, num_classes, l2):
   targets = jax.nn.one_hot(labels, num_classes, dtype=x.dtype)
   bias = jnp.mean(targets, axis=0)
-  with jax.default_matmul_precision("highest"):
-    gram = x.T @ x / len(x) + l2 * jnp.eye(x.shape[1], dtype=x.dtype)
-    moments = x.T @ (targets - bias) / len(x)
-    kernel = jax.scipy.linalg.solve(gram, moments, assume_a="pos")
-  return kernel, bias
+  gram = x.T @ x / len(x) + l2 * jnp.eye(x.shape[1], dtype=x.dtype)
+  moments = x.T @ (targets - bias) / len(x)
+  return jax.scipy.linalg.solve(gram, moments, assume_a="pos"), bias
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "num_steps"))
 def _logistic(x, labels, num_classes, l2, *, num_steps):
   def loss_fn(params):
     kernel, bias = params
-    logits = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias
-    loss, _ = losses.supervised_loss(logits, labels)
+    loss, _ = losses.supervised_loss(x @ kernel + bias, labels)
     return loss + 0.5 * l2 * jnp.sum(jnp.square(kernel))
 
   optimizer = optax.lbfgs()
@@ -238,9 +240,9 @@ def _logistic(x, labels, num_classes, l2, *, num_steps):
   return jax.lax.while_loop(unfinished, step, carry)[0]
 
 
-def _labelled(features, labels, num_classes):
+def _labelled(examples, num_classes):
   """Rows with a label, as float32 (or better) and int32 on the device."""
-  features, labels = np.asarray(features), np.asarray(labels)
+  features, labels = map(np.asarray, examples)
   if np.max(labels, initial=-1) >= num_classes:
     raise UserError(
       f"label {labels.max()} with {num_classes} classes; it must be below "

@@ -5,11 +5,16 @@ which may sit in a compilation for minutes. The C level writes the signal's
 number to a file descriptor immediately; a small thread waits there.
 """
 
+import contextlib
 import os
 import signal
 import threading
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+  """A signal came within `StopSignal.interruptible`."""
 
 
 class StopSignal:
@@ -28,6 +33,23 @@ class StopSignal:
     self.requested = False
     self.running = False
     self.exit_code = 0
+    self._interruptible = False
+
+  @contextlib.contextmanager
+  def interruptible(self):
+    """Inside it the first signal raises `Interrupted`, also one before it."""
+    self._interruptible = True
+    try:
+      if self.requested:
+        raise Interrupted
+      yield
+    finally:
+      self._interruptible = False
+
+  def _handle(self, number, frame):
+    if self._interruptible:
+      self._interruptible = False
+      raise Interrupted
 
   def __enter__(self):
     self._active = threading.current_thread() is threading.main_thread()
@@ -36,7 +58,7 @@ class StopSignal:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._old_fd = signal.set_wakeup_fd(self._write)
-    self._old = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
+    self._old = {s: signal.signal(s, self._handle) for s in _SIGNALS}
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
     return self

@@ -65,15 +65,18 @@ def test_color_equals_official(official):
 @pytest.mark.parametrize(
   "case, steps",
   [
-    ("bcsh", dict(brightness=1.4, contrast=0.5, saturation=1.6, hue=0.15)),
-    ("hscb", dict(hue=-0.18, saturation=0.3, contrast=1.7, brightness=0.6)),
+    ("bcsh", "brightness 1.4 contrast 0.5 saturation 1.6 hue 0.15"),
+    ("hscb", "hue -0.18 saturation 0.3 contrast 1.7 brightness 0.6"),
   ],
 )
 def test_sequence_equals_official(official, case, steps):
+  words = steps.split()
+  steps = dict(zip(words[::2], map(float, words[1::2]), strict=True))
   times = {name: jnp.full((1, 1, 1), i) for i, name in enumerate(steps)}
   amounts = {name: jnp.full((1, 1, 1), x) for name, x in steps.items()}
   planes = [jnp.asarray(IMAGE[None, ..., c]) for c in range(3)]
-  planes = color.jitter(planes, amounts, times, jnp.ones((1, 1, 1), bool))
+  on = jnp.ones((1, 1, 1), bool)
+  planes = jax.jit(color.jitter)(planes, amounts, times, on)
   close(jnp.stack(planes, -1)[0], official[f"color/seq_{case}"])
 
 
@@ -99,7 +102,9 @@ def test_eval_view_equals_official(official):
     (rows, columns), size = (
       tuple(int(s) for s in part.split("x")) for part in case.split("_to_")
     )
-    image = det.array(f"aug/eval_{rows}x{columns}", (rows, columns, 3), "uniform")
+    image = det.array(
+      f"aug/eval_{rows}x{columns}", (rows, columns, 3), "uniform"
+    )
     ours = augment.eval_view(image, size=size, crop=0.875)
     ours = ours[::3, ::3] if size == (64, 64) else ours  # as it is stored
     close(ours, theirs, 1e-3)
@@ -200,7 +205,9 @@ def test_amounts_belong_to_their_images():
   }
   for op in ops.values():
     together = op(images, amounts)
-    alone = [op(images[i, j], amounts[i, j]) for i in range(2) for j in range(3)]
+    alone = [
+      op(images[i, j], amounts[i, j]) for i in range(2) for j in range(3)
+    ]
     close(together, np.reshape(alone, images.shape), 1e-6)
     close(jax.vmap(jax.vmap(op))(images, amounts), np.asarray(together), 1e-6)
   together = augment.crop_and_resize(images, boxes, size=(4, 6))

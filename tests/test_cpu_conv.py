@@ -147,3 +147,11 @@ def test_under_pmap_and_flax():
   want = gradient(lax)
   scale = np.abs(want).max()
   np.testing.assert_allclose(gradient(own), want, rtol=0, atol=1e-5 * scale)
+
+
+def test_refuses_what_lax_refuses():
+  x, w = jnp.ones((2, 4, 4, 4)), jnp.ones((3, 3, 4, 4))
+  with pytest.raises(ValueError, match="feature_group_count"):
+    cpu_conv.conv_general_dilated(
+      x, w, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=2
+    )

@@ -24,7 +24,6 @@ case "$1 $2" in
 "--version "*) echo "Python 3.$minor.0" ;;
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip")
-  [ "$3" = --version ] && exit
   echo "$*" >>"{log}"
   echo "from the installer"
   exit {pip_exit} ;;
@@ -221,7 +220,8 @@ def test_uv_is_used_where_it_is(machine):
   made, installed = machine.installs()
   assert made.startswith("uv venv")
   assert "--python >=3.11,<3.14" in made
-  assert installed.startswith("-m pip install")
+  python = machine.root / ".venv" / "bin" / "python"
+  assert installed.startswith(f"uv pip install --python {python} --constraint")
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,14 @@ LAYERS = (
       "resnet",
       "signals",
       "sources",
+      "watchdog",
     },
   ),
   ("middle", {"cli", "data", "loop", "models", "probes"}),
   ("inference", {"predict"}),
   ("assembly", {"build"}),
   ("stages", {"pretrain", "finetune", "distill"}),
-  ("tools", {"convert"}),
+  ("tools", {"convert", "selftest"}),
 )
 LAYER_OF = {name: i for i, (_, names) in enumerate(LAYERS) for name in names}
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from simclr_jax import checkpoint, loop, parallel
-from simclr_jax.config import UserError
+from simclr_jax.config import Diverged, UserError
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     for step, batch in enumerate(batches(start), start):
       yield {"x": batch["x"] * np.float32(np.nan if step == 9 else 1)}
 
-  with pytest.raises(UserError, match="loss is nan at step 10.*learning_rate"):
+  with pytest.raises(Diverged, match="loss is nan at step 10.*learning_rate"):
     train(tmp_path, batches=poisoned)
   with checkpoint.open_manager(tmp_path, keep=2) as manager:
     assert manager.latest_step() == 8

@@ -12,6 +12,8 @@ differ on purpose: blur's sigma is drawn per image (official: per view and
 replica), and crops are taken from a fixed canvas, not from the whole file.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -64,14 +66,15 @@ _DRAWS = {
 }
 
 
+@functools.partial(jax.jit, static_argnames="num_views", inline=True)
 def _draw(key, index, num_views):
-  """All uniforms of each view, by name: [n, num_views, count]."""
+  """All uniforms of each view, by name: [num_views, n, count]."""
 
   def row(i):
     shape = (num_views, sum(_DRAWS.values()))
     return jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32)
 
-  u, draws, start = jax.vmap(row)(index), {}, 0
+  u, draws, start = jax.vmap(row, out_axes=1)(index), {}, 0
   for name, count in _DRAWS.items():
     draws[name] = u[..., start : start + count]
     start += count
@@ -87,20 +90,26 @@ def _check_probabilities(**probabilities):
 
 
 def _amounts(strength, **amounts):
-  """The amount of each op, scaled; without those that are off."""
+  """((name, (low, high)), ...): what to draw from, without ops that are off."""
   if not strength >= 0:
     raise UserError(
       f"augment.strength is {strength}; expected a number >= 0 (0 is off)"
     )
   limits = {"brightness": jnp.inf, "contrast": 1, "saturation": 1, "hue": 0.5}
+  ranges = {}
   for name, amount in amounts.items():
-    if not 0 <= strength * amount <= limits[name]:
+    scaled = strength * amount
+    if not 0 <= scaled <= limits[name]:
       raise UserError(
         f"augment.{name} {amount} times augment.strength {strength} is "
-        f"{strength * amount:g}; expected within [0, {limits[name]:g}]: lower "
-        "one of them (with the official amounts strength is at most 1.25)"
+        f"{scaled:g}; expected within [0, {limits[name]:g}]: lower one of them "
+        "(with the official amounts strength is at most 1.25)"
       )
-  return {k: strength * v for k, v in amounts.items() if strength * v > 0}
+    if name == "hue":
+      ranges[name] = (-scaled, scaled)
+    else:
+      ranges[name] = (max(1 - scaled, 0.0), 1 + scaled)
+  return tuple((name, r) for name, r in ranges.items() if r[0] < r[1])
 
 
 def _check_batch(images, index, sizes):
@@ -120,16 +129,12 @@ def _check_batch(images, index, sizes):
 
 
 def _boxes(draws, sizes, area_range, aspect_range):
-  crop.check_ranges(area_range, aspect_range)
-  return crop.boxes_from_uniforms(
-    draws["box"],
-    sizes[:, None],
-    area_range=area_range,
-    aspect_range=aspect_range,
-  )
+  """int32 [views, n, 4]."""
+  ranges = crop.check_ranges(area_range, aspect_range)
+  return crop.boxes_from_uniforms(draws["box"], sizes, **ranges)
 
 
-def _random_crops(
+def _crops(
   draws,
   images,
   sizes,
@@ -140,14 +145,58 @@ def _random_crops(
   aspect_range,
   dtype,
 ):
-  """[n, views, H, C, W], not clipped, in dtype or wider than half."""
+  """[views * n, H, C, W], view 1 first; not clipped, at least float32."""
   _check_probabilities(flip_probability=flip_probability)
   boxes = _boxes(draws, sizes, area_range, aspect_range)
   flips = draws["flip"][..., 0] < flip_probability
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  images = pixels.to_float(images, dtype)
-  size = pixels.height_width(size)
-  return crop.crop_planes(images, boxes, flips, size=size)
+  x = crop.crop_planes(
+    pixels.to_float(images, jnp.promote_types(dtype, jnp.float32)),
+    jnp.swapaxes(boxes, 0, 1),
+    jnp.swapaxes(flips, 0, 1),
+    size=pixels.height_width(size),
+  )
+  return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("amounts", "jitter", "gray", "blur"),
+  inline=True,
+)
+def _recolor(x, draws, *, amounts, jitter, gray, blur):
+  """Crops [2n, H, C, W] to views [2n, H, W, C]; three probabilities."""
+  # A number for each view, shaped to meet its planes [2n, H, W].
+  u = {k: v.reshape(len(x), 1, 1, -1) for k, v in draws.items()}
+  planes = [x[:, :, c] for c in range(x.shape[2])]
+  rgb = len(planes) == 3
+  ranges = {k: v for k, v in amounts if rgb or k not in ("saturation", "hue")}
+  if ranges and jitter:
+    drawn, times = {}, {}
+    for i, name in enumerate(color.OPS):
+      if name in ranges:
+        low, high = ranges[name]
+        unit = u["amount"][..., i].astype(x.dtype)
+        drawn[name] = low + (high - low) * unit
+        times[name] = u["time"][..., i]
+    active = u["jitter"][..., 0] < jitter
+    planes = color.jitter(planes, drawn, times, active)
+  if gray and rgb:
+    luma, on = color.grayscale(planes), u["gray"][..., 0] < gray
+    planes = [jnp.where(on, a, b) for a, b in zip(luma, planes, strict=True)]
+  planes = [jnp.clip(plane, 0, 1) for plane in planes]
+  radius = x.shape[1] // 10 // 2
+  if blur and radius:
+    low, high = SIGMA_RANGE
+    sigma = low + (high - low) * u["sigma"].reshape(-1).astype(x.dtype)
+    blurred = blur_planes(jnp.stack(planes, axis=2), sigma, radius)
+    on = u["blur"][..., 0] < blur
+    planes = [
+      jnp.where(on, jnp.clip(blurred[:, :, c], 0, 1), plane)
+      for c, plane in enumerate(planes)
+    ]
+  # Planes go straight to their place: a swap of axes behind a stack along rows
+  # makes XLA's CPU backend redo the last ops pixel by pixel.
+  return jnp.stack(planes, axis=-1)
 
 
 def view_boxes(
@@ -172,7 +221,7 @@ def view_boxes(
   index = jnp.asarray(index)
   sizes = jnp.broadcast_to(jnp.asarray(sizes), (*index.shape, 2))
   boxes = _boxes(_draw(key, index, 2), sizes, area_range, aspect_range)
-  return jnp.swapaxes(boxes, 0, 1).reshape(-1, 4)
+  return boxes.reshape(-1, 4)
 
 
 def two_views(
@@ -242,7 +291,7 @@ def two_views(
     hue=hue,
   )
   draws = _draw(key, index, 2)
-  x = _random_crops(
+  crops = _crops(
     draws,
     images,
     sizes,
@@ -252,53 +301,15 @@ def two_views(
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  n, _, height, channels, _ = x.shape
-  x = jnp.swapaxes(x, 0, 1).reshape(2 * n, *x.shape[2:])
-
-  # Per view, shaped to meet planes [2n, H, W].
-  u = {
-    k: jnp.swapaxes(v, 0, 1).reshape(2 * n, 1, 1, -1) for k, v in draws.items()
-  }
-  planes = [x[:, :, c] for c in range(channels)]
-  rgb = channels == 3
-  if not rgb:
-    amounts = {
-      k: v for k, v in amounts.items() if k not in ("saturation", "hue")
-    }
-  if amounts and jitter_probability:
-    drawn, times = {}, {}
-    for i, name in enumerate(color.OPS):
-      if name in amounts:
-        amount, unit = amounts[name], u["amount"][..., i].astype(x.dtype)
-        low, high = (
-          (-amount, amount)
-          if name == "hue"
-          else (max(1 - amount, 0), 1 + amount)
-        )
-        drawn[name] = low + (high - low) * unit
-        times[name] = u["time"][..., i]
-    active = u["jitter"][..., 0] < jitter_probability
-    planes = color.jitter(planes, drawn, times, active)
-  if gray_probability and rgb:
-    gray = u["gray"][..., 0] < gray_probability
-    planes = [
-      jnp.where(gray, new, old)
-      for new, old in zip(color.grayscale(planes), planes, strict=True)
-    ]
-  planes = [jnp.clip(x, 0, 1) for x in planes]
-  radius = height // 10 // 2
-  if blur_probability and radius:
-    low, high = SIGMA_RANGE
-    sigma = low + (high - low) * u["sigma"][:, 0, 0, 0].astype(x.dtype)
-    blurred = blur_planes(jnp.stack(planes, axis=2), sigma, radius)
-    blur = u["blur"][..., 0] < blur_probability
-    planes = [
-      jnp.where(blur, jnp.clip(blurred[:, :, c], 0, 1), x)
-      for c, x in enumerate(planes)
-    ]
-  # Planes go straight to their place: a swap of axes behind a stack along rows
-  # makes XLA's CPU backend redo the last ops pixel by pixel.
-  return jnp.stack(planes, axis=-1).astype(dtype)
+  views = _recolor(
+    crops,
+    draws,
+    amounts=amounts,
+    jitter=jitter_probability,
+    gray=gray_probability,
+    blur=blur_probability,
+  )
+  return views.astype(dtype)
 
 
 def crop_flip(
@@ -323,7 +334,7 @@ def crop_flip(
   (4, 32, 32, 3)
   """
   index, sizes = _check_batch(images, index, sizes)
-  x = _random_crops(
+  crops = _crops(
     _draw(key, index, 1),
     images,
     sizes,
@@ -333,4 +344,4 @@ def crop_flip(
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  return jnp.swapaxes(jnp.clip(x[:, 0], 0, 1), -1, -2).astype(dtype)
+  return jnp.swapaxes(jnp.clip(crops, 0, 1), -1, -2).astype(dtype)

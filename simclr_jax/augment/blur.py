@@ -1,5 +1,8 @@
 """Gaussian blur as products with banded matrices."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from simclr_jax.augment import pixels
@@ -29,6 +32,7 @@ def _blocks(size, radius):
     )
 
 
+@functools.partial(jax.jit, static_argnames="radius", inline=True)
 def blur_planes(images, sigma, radius):
   """images [n, H, C, W], sigma [n] -> [n, H, C, W]; zeros outside."""
   n, height, channels, width = images.shape

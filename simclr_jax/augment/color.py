@@ -4,6 +4,9 @@ Inside, an image is a list of planes [..., H, W], one a channel: HSV needs the
 channels beside each other, and a plane keeps rows contiguous.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from simclr_jax.augment import pixels
@@ -35,8 +38,10 @@ def contrast(planes, factor):
 def saturation(planes, factor):
   """S * factor cut at 1: scales V - x of each channel, V and hue stay."""
   high, low = _extremes(planes)
-  scale = jnp.clip(high / jnp.maximum(high - low, TINY), 0, factor)
-  return [x + (1 - scale) * (high - x) for x in planes]
+  limit = jnp.maximum(high / jnp.maximum(high - low, TINY), 0)
+  scale = jnp.minimum(limit, factor)
+  zero = jnp.where(limit <= factor, low, -jnp.inf)  # S is 1: exactly 0 there
+  return [jnp.where(x == zero, 0, x + (1 - scale) * (high - x)) for x in planes]
 
 
 def hue(planes, delta):
@@ -57,7 +62,8 @@ def hue(planes, delta):
   def channel(peak):  # full within 1 of its peak, none beyond 2
     away = angle - peak
     away = jnp.abs(away - 6 * jnp.round(away / 6))
-    return low + spread * jnp.clip(2 - away, 0, 1)
+    mixed = low + spread * jnp.maximum(2 - away, 0)
+    return jnp.where(away <= 1, high, mixed)  # exactly
 
   return [channel(peak) for peak in (0, 2, 4)]
 
@@ -114,10 +120,11 @@ def jitter(planes, amounts, times, active):
   return walk(planes, ops, dict.fromkeys(ops, active))
 
 
-def _on_planes(fn, images, amount):
+@functools.partial(jax.jit, static_argnames="fn", inline=True)
+def _on_planes(fn, images, *amounts):
   planes = [images[..., c] for c in range(images.shape[-1])]
-  amount = jnp.asarray(amount, images.dtype)[..., None, None]
-  return jnp.stack(fn(planes, amount), axis=-1)
+  amounts = [jnp.asarray(a, images.dtype)[..., None, None] for a in amounts]
+  return jnp.stack(fn(planes, *amounts), axis=-1)
 
 
 def adjust_brightness(images, factor):
@@ -202,4 +209,4 @@ def to_grayscale(images):
   """
   images = pixels.to_float(images)
   pixels.need_rgb(images, "to_grayscale")
-  return jnp.stack(grayscale([images[..., c] for c in range(3)]), axis=-1)
+  return _on_planes(grayscale, images)

@@ -1,5 +1,7 @@
 """Random boxes by the official law, and bicubic resizing of what is inside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,22 +19,27 @@ EVAL_CROP = 0.875
 
 
 def check_ranges(area_range, aspect_range):
-  """Raises UserError unless a box can meet both ranges."""
+  """Both as options of the sampler; UserError unless a box can meet them."""
+  area_range, aspect_range = tuple(area_range), tuple(aspect_range)
   low, high = area_range
   if not (0 < low <= high <= 1 and high >= MIN_COVERED):
     raise UserError(
-      f"augment.area_range is {tuple(area_range)}; expected 0 < low <= high "
+      f"augment.area_range is {area_range}; expected 0 < low <= high "
       f"<= 1 with high at least {MIN_COVERED} (no crop covers less), such as "
       f"{AREA_RANGE}"
     )
   low, high = aspect_range
   if not 0 < low <= high < np.inf:
     raise UserError(
-      f"augment.aspect_range is {tuple(aspect_range)}; expected 0 < low <= "
+      f"augment.aspect_range is {aspect_range}; expected 0 < low <= "
       "high, width over height, such as (0.75, 1.333)"
     )
+  return {"area_range": area_range, "aspect_range": aspect_range}
 
 
+@functools.partial(
+  jax.jit, static_argnames=("area_range", "aspect_range"), inline=True
+)
 def boxes_from_uniforms(u, shape, *, area_range, aspect_range):
   """The official law applied to given draws.
 
@@ -110,12 +117,10 @@ def sample_crop_boxes(
   >>> boxes.shape
   (5, 4)
   """
-  check_ranges(area_range, aspect_range)
+  ranges = check_ranges(area_range, aspect_range)
   u = jax.random.uniform(key, (num, 2 * TRIES + 2), jnp.float32)
   shape = jnp.broadcast_to(jnp.asarray(shape), (num, 2))
-  return boxes_from_uniforms(
-    u, shape, area_range=area_range, aspect_range=aspect_range
-  )
+  return boxes_from_uniforms(u, shape, **ranges)
 
 
 def resampling_matrix(start, length, flip, *, num_in, num_out, dtype):
@@ -140,6 +145,7 @@ def resampling_matrix(start, length, flip, *, num_in, num_out, dtype):
   return weight / weight.sum(axis=-1, keepdims=True)
 
 
+@functools.partial(jax.jit, static_argnames="size", inline=True)
 def crop_planes(images, boxes, flips, *, size):
   """Floats [n, S, T, C], boxes [n, v, 4], flips [n, v] -> [n, v, H, C, W].
 
@@ -209,6 +215,24 @@ def crop_and_resize(images, boxes, *, size):
   return jnp.swapaxes(views, -1, -2).reshape(*lead, *size, images.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnames=("size", "crop"), inline=True)
+def _central_boxes(sizes, *, size, crop):
+  """int [..., 2] -> float32 [..., 4], rounded as the official center_crop."""
+  whole = jnp.maximum(sizes, 1).astype(jnp.float32)
+  rows, columns = whole[..., 0], whole[..., 1]
+  aspect, crop = np.float32(size[1] / size[0]), np.float32(crop)
+  wider = aspect > columns / rows  # than the image: its width is the limit
+  box = jnp.stack(
+    [
+      jnp.where(wider, crop / aspect * columns, crop * rows),
+      jnp.where(wider, crop * columns, crop * aspect * rows),
+    ],
+    axis=-1,
+  )
+  box = jnp.maximum(jnp.rint(box), 1)
+  return jnp.concatenate([jnp.floor((whole - box + 1) / 2), box], axis=-1)
+
+
 def eval_view(images, *, size, sizes=None, crop=None, dtype=None):
   """The view that evaluation sees: a central crop, resized.
 
@@ -238,22 +262,7 @@ def eval_view(images, *, size, sizes=None, crop=None, dtype=None):
     crop = EVAL_CROP if max(height, width) > 32 else 1.0
   if not 0 < crop <= 1:
     raise UserError(f"crop is {crop}; expected a part in (0, 1], such as 0.875")
-  if sizes is None:
-    sizes = images.shape[-3:-1]
-  whole = jnp.maximum(jnp.asarray(sizes), 1).astype(jnp.float32)
-  rows, columns = whole[..., 0], whole[..., 1]
-  aspect = np.float32(width / height)
-  wider = aspect > columns / rows  # than the image: its width is the limit
-  crop = np.float32(crop)
-  box = jnp.stack(
-    [
-      jnp.where(wider, crop / aspect * columns, crop * rows),
-      jnp.where(wider, crop * columns, crop * aspect * rows),
-    ],
-    axis=-1,
-  )
-  box = jnp.maximum(jnp.rint(box), 1)
-  offset = jnp.floor((whole - box + 1) / 2)
-  boxes = jnp.concatenate([offset, box], axis=-1)
+  sizes = jnp.asarray(images.shape[-3:-1] if sizes is None else sizes)
+  boxes = _central_boxes(sizes, size=(height, width), crop=float(crop))
   images = crop_and_resize(images, boxes, size=(height, width))
   return jnp.clip(images, 0, 1)

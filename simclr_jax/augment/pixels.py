@@ -40,7 +40,7 @@ def need_rgb(images, name):
 
 def height_width(size):
   """An int or (height, width) to (height, width), checked."""
-  pair = (size, size) if jnp.ndim(size) == 0 else tuple(size)
+  pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
   if len(pair) != 2 or any(int(s) != s or s < 1 for s in pair):
     raise UserError(
       f"size is {size}; expected a positive int, or (height, width) of them"

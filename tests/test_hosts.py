@@ -1,0 +1,200 @@
+"""Two and four real processes on this machine, each with two devices.
+
+This file is also the program that they run: `python test_hosts.py '{...}'`.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+if __name__ == "__main__":
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import test_loop
+import test_steps
+
+from simclr_jax import checkpoint, loop, parallel
+
+BATCH = 16
+
+
+def images(start):
+  """Like the data module: this host's rows of global batch t."""
+  n = BATCH // jax.process_count()
+  rows = slice(jax.process_index() * n, (jax.process_index() + 1) * n)
+  for step in range(start, 1000):
+    batch = test_steps.make_batch()
+    order = np.random.default_rng((3, step)).permutation(BATCH)
+    yield {name: x[order][rows] for name, x in batch.items()}
+
+
+def vectors(start, *, sleep=0.0):
+  n = BATCH // jax.process_count()
+  rows = slice(jax.process_index() * n, (jax.process_index() + 1) * n)
+  for batch in test_loop.batches(start):
+    time.sleep(sleep)
+    yield {"x": batch["x"][rows]}
+
+
+def train_tiny(workdir, num_steps):
+  """The project's pretraining step on a tiny encoder, in float64."""
+  state = jax.tree.map(
+    np.asarray, test_steps.initial(test_steps.network(head_layer=0))
+  )
+  state = state.replace(step=np.asarray(0, np.int32))
+  config = test_loop.make_config(checkpoint_every_steps=2)
+  loop.claim(config, workdir)
+  return loop.run(
+    state,
+    test_steps.pretrain_step(),
+    images,
+    config=config,
+    workdir=workdir,
+    num_steps=num_steps,
+  )[0]
+
+
+def train_toy(workdir, num_steps, *, sleep=0.0):
+  config = test_loop.make_config(eval_every_steps=1000)
+  loop.claim(config, workdir)
+  batches = functools.partial(vectors, sleep=sleep)
+  return test_loop.train(workdir, num_steps, batches=batches, config=config)[0]
+
+
+def main(options):
+  loop._check_shared.__kwdefaults__["seconds"] = 1
+  jax.config.update("jax_enable_x64", True)
+  parallel.initialize()
+  with parallel.together():
+    kind = {"tiny": train_tiny, "toy": train_toy}[options.pop("kind")]
+    kind(**options)
+
+
+class Processes:
+  """Starts `count` of them; `end` waits and returns (exit codes, outputs)."""
+
+  def __init__(self, tmp_path, count=2, workdirs=None, **options):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    self.outputs = [tmp_path / f"output{i}" for i in range(count)]
+    self.all = []
+    for i, output in enumerate(self.outputs):
+      if workdirs:
+        options["workdir"] = str(workdirs[i])
+      env = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(i),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+      }
+      with output.open("w") as file:
+        self.all.append(
+          subprocess.Popen(
+            [sys.executable, __file__, json.dumps(options)],
+            env=env,
+            stdout=file,
+            stderr=file,
+          )
+        )
+
+  def until_step(self, workdir, step):
+    """Waits until metrics.jsonl has it."""
+    file, end = workdir / "metrics.jsonl", time.monotonic() + 120
+    while not (file.exists() and f'"step": {step},' in file.read_text()):
+      alive = all(p.poll() is None for p in self.all)
+      assert alive, "\n".join(o.read_text()[-3000:] for o in self.outputs)
+      assert time.monotonic() < end
+      time.sleep(0.05)
+
+  def end(self, timeout=120):
+    try:
+      codes = [p.wait(timeout) for p in self.all]
+    finally:
+      for process in self.all:
+        process.kill()
+        process.wait()
+    return codes, [output.read_text() for output in self.outputs]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  with jax.enable_x64(True):
+    return train_tiny(tmp_path_factory.mktemp("whole"), 6)
+
+
+@pytest.mark.parametrize(
+  "count", [2, pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_processes_come_and_go(whole, tmp_path, count, x64):
+  """Steps 1-2 with one process, 3-4 with several, 5-6 with one: the same."""
+  train_tiny(tmp_path / "run", 2)
+  codes, outputs = Processes(
+    tmp_path, count, kind="tiny", workdir=str(tmp_path / "run"), num_steps=4
+  ).end()
+  assert codes == [0] * count, outputs
+  assert all("continuing from step 2" in output for output in outputs)
+  state = train_tiny(tmp_path / "run", 6)
+  assert test_steps.difference(vars(whole), vars(state)) < 1e-9
+  steps = [row["step"] for row in test_loop.lines(tmp_path / "run")]
+  assert steps == [1, 2, 4, 6]
+
+
+def test_a_workdir_that_is_not_shared(tmp_path):
+  workdirs = [tmp_path / "a", tmp_path / "b"]
+  codes, outputs = Processes(
+    tmp_path, workdirs=workdirs, kind="toy", num_steps=4
+  ).end()
+  assert codes == [2, 2], outputs
+  assert "error: the workdir is not shared: process 1" in outputs[1]
+  assert "error: see process 1" in outputs[0]
+
+
+def test_sigterm_to_one_stops_both(tmp_path):
+  workdir = tmp_path / "run"
+  processes = Processes(
+    tmp_path, kind="toy", workdir=str(workdir), num_steps=1000, sleep=0.05
+  )
+  processes.until_step(workdir, 6)
+  processes.all[1].send_signal(signal.SIGTERM)
+  codes, outputs = processes.end()
+  assert codes == [143, 143], outputs
+  (said,) = {output.splitlines()[-1] for output in outputs}
+  step = int(said.split("at step ")[1].split(",")[0])
+  assert f"{step}, saved" in said
+  with checkpoint.open_manager(workdir, keep=2) as manager:
+    assert manager.latest_step() == step
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_process_brings_the_other_down(tmp_path, victim):
+  workdir = tmp_path / "run"
+  processes = Processes(
+    tmp_path, kind="toy", workdir=str(workdir), num_steps=1000, sleep=0.05
+  )
+  processes.until_step(workdir, 6)
+  processes.all[victim].kill()
+  start = time.monotonic()
+  codes, outputs = processes.end(timeout=60)
+  assert time.monotonic() - start < 30
+  assert codes[1 - victim] not in (0, 143), outputs
+  lines = outputs[1 - victim].splitlines()
+  (said,) = (line for line in lines if line.startswith("error: "))
+  assert "process has died" in said or "process of the run died" in said
+  assert "Start the same command everywhere" in said
+  with checkpoint.open_manager(workdir, keep=2) as manager:
+    assert manager.latest_step() >= 4
+
+
+if __name__ == "__main__":
+  main(json.loads(sys.argv[1]))

@@ -1,0 +1,233 @@
+"""The stages as users run them, on digits with a tiny network."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from simclr_jax import checkpoint, cli, distill, finetune, pretrain
+from simclr_jax.config import UserError, set_field
+
+TINY = {
+  "batch_size": 32,
+  "num_steps": 3,
+  "model.conv": "xla",
+  "data.split": "train",
+  "log_every_steps": 2,
+}
+
+
+def run(module, recipe, workdir, **fields):
+  stage = module.__name__.rpartition(".")[2]
+  config = cli.load_recipe(recipe, stage=stage)
+  for name, value in (TINY | fields).items():
+    set_field(config, name, value)
+  return module.train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Directory and results of a chain of all stages."""
+  folder = tmp_path_factory.mktemp("chain")
+  results = {}
+  results["pretrain"] = run(
+    pretrain,
+    "digits,width=0.0625",
+    folder / "pretrain",
+    **{"data.image_size": 8},
+  )
+  given = {"pretrained": str(folder / "pretrain")}
+  results["finetune"] = run(
+    finetune, "digits,labels=1", folder / "finetune", **given
+  )
+  results["linear"] = run(finetune, "digits,linear", folder / "linear", **given)
+  results["distill"] = run(
+    distill,
+    "digits",
+    folder / "distill",
+    **{"teacher": str(folder / "finetune"), "loss.label_weight": 0.5},
+  )
+  return folder, results
+
+
+def test_every_stage_leaves_its_result(runs):
+  folder, results = runs
+  protocols = {
+    "pretrain": "knn",
+    "finetune": "finetune 1%",
+    "linear": "linear",
+    "distill": "distill",
+  }
+  for name, protocol in protocols.items():
+    stored = json.loads((folder / name / "result.json").read_text())
+    assert stored == results[name]
+    assert stored["protocol"] == protocol
+    assert stored["dataset"] == "digits"
+    assert stored["num_steps"] == 3
+    assert 0 <= stored["top1"] <= stored["top5"] <= 1
+  assert results["finetune"]["metrics"]["num_labels"] == 14
+  assert results["linear"]["metrics"]["num_labels"] == 1437
+
+
+def test_the_network_comes_from_the_checkpoint(runs):
+  folder, _ = runs
+  for name in ("finetune", "linear", "distill"):
+    config, _ = checkpoint.load(folder / name)
+    assert config.model.depth == 18
+    assert config.model.width == 1 / 16
+    assert config.model.stem == "cifar"
+    assert config.model.dtype == "float32"
+    assert (config.data.image_size, config.data.canvas_size) == (8, 8)
+    assert config.head.num_layers == 3
+
+
+def test_linear_evaluation_changes_the_classifier_alone(runs):
+  folder, _ = runs
+  _, before = checkpoint.load(folder / "pretrain")
+  _, after = checkpoint.load(folder / "linear")
+  for part in ("encoder", "projection_head"):
+    for kind in ("params", "batch_stats"):
+      jax.tree.map(
+        np.testing.assert_array_equal, before[kind][part], after[kind][part]
+      )
+  assert np.any(after["params"]["classifier"]["kernel"])
+  _, tuned = checkpoint.load(folder / "finetune")
+  moved = jax.tree.map(
+    lambda a, b: np.any(a != b),
+    before["params"]["encoder"],
+    tuned["params"]["encoder"],
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_the_checkpoint_names_its_teacher_and_classes(runs):
+  folder, _ = runs
+  _, _, about = checkpoint.load_described(folder / "distill")
+  _, _, teacher = checkpoint.load_described(folder / "finetune")
+  assert about["teacher"]["hash"] == teacher["hash"]
+  assert about["teacher"]["step"] == 3
+  assert about["label_names"] == [str(i) for i in range(10)]
+  assert about["labels_used"] == {"percent": 1.0, "seed": 0}
+
+
+def test_metrics_of_pretraining(runs):
+  folder, _ = runs
+  text = (folder / "pretrain" / "metrics.jsonl").read_text()
+  first, *_, last = [json.loads(line) for line in text.splitlines()]
+  assert first["step"] == 1
+  assert 0 < first["loss"] < 20
+  assert first["learning_rate"] == 0
+  assert {"contrastive_accuracy", "probe_accuracy"} <= first.keys()
+  assert {"eval_top1", "eval_probe_top1"} <= last.keys()
+
+
+def test_a_complete_run_is_not_repeated(runs, capsys):
+  folder, results = runs
+  again = run(
+    distill,
+    "digits",
+    folder / "distill",
+    **{"teacher": str(folder / "finetune"), "loss.label_weight": 0.5},
+  )
+  assert again == results["distill"]
+  assert "is complete: 3 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "module, recipe, fields, message",
+  [
+    (
+      finetune,
+      "digits",
+      {"pretrained": "{}/finetune"},
+      "holds a finetune run, which has been trained on labels",
+    ),
+    (
+      finetune,
+      "digits",
+      {"pretrained": "{}/none"},
+      "config.pretrained: there is no directory",
+    ),
+    (
+      finetune,
+      "digits",
+      {"pretrained": "{}/pretrain", "head_layer": 4},
+      "head_layer is 4, but the head in the checkpoint",
+    ),
+    (
+      finetune,
+      "digits",
+      {"pretrained": "{}/pretrain", "model.depth": 50},
+      "config.model.depth is 50, but the checkpoint",
+    ),
+    (
+      finetune,
+      "digits",
+      {"labels_per_class": 500},
+      "labels_per_class is 500, but class",
+    ),
+    (
+      finetune,
+      "digits,labels=1",
+      {"labels_per_class": 2},
+      "give one of the two",
+    ),
+    (
+      distill,
+      "digits",
+      {"teacher": "{}/pretrain"},
+      "holds a pretrain run, which has no classifier",
+    ),
+    (distill, "digits", {}, "config.teacher is empty"),
+    (
+      pretrain,
+      "digits",
+      {"batch_size": 2000},
+      "has 1437 images in split \"train\", fewer than config.batch_size=2000",
+    ),
+    (pretrain, "digits", {"batch_size": 30}, "which 8 devices do not divide"),
+    (
+      pretrain,
+      "cifar10",
+      {"data.data_dir": "{}"},
+      "tfds build",
+    ),
+  ],
+)
+def test_mistakes_leave_nothing_behind(runs, tmp_path, module, recipe, fields, message):
+  folder, _ = runs
+  fields = {
+    k: v.format(folder) if isinstance(v, str) else v for k, v in fields.items()
+  }
+  workdir = tmp_path / "run"
+  with pytest.raises(UserError) as error:
+    run(module, recipe, workdir, **fields)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+  assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_cifar10_learns_from_the_real_records(shared, tmp_path):
+  """60 steps at batch 64 of the official recipe, on a narrower network."""
+  uniform = 2 * np.log(2 * 64 - 1)
+  run(
+    pretrain,
+    "cifar10,width=0.25",
+    tmp_path,
+    **{
+      "batch_size": 64,
+      "num_steps": 60,
+      "data.data_dir": str(shared / "tensorflow_datasets"),
+      "data.eval_split": "test[:500]",
+      "knn.bank_size": 2000,
+      "optim.warmup_epochs": 0.01,
+      "model.conv": "auto",
+    },
+  )
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  *_, trained, evaluated = [json.loads(line) for line in lines]
+  assert trained["loss"] < uniform - 0.5
+  assert evaluated["eval_probe_top1"] > 0.15
+  assert evaluated["eval_top1"] > 0.2
