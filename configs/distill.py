@@ -5,8 +5,8 @@
   --config=configs/distill.py:digits --config.model.depth=18
                 --config.model.width=0.125  into a smaller one
 
-Recipes: digits, cifar10, imagenet. `--config.teacher=DIR` names a fine-tuned
-run. Fields of the student that are not given are the teacher's.
+Recipes: digits, cifar10, imagenet, folder. `--config.teacher=DIR` names a
+fine-tuned run. Fields of the student that are not given are the teacher's.
 """
 
 import ml_collections
@@ -18,7 +18,7 @@ def get_config(arg="digits"):
   """Returns the recipe `arg`, every field present."""
   recipe, options = parse_arg(
     arg,
-    recipes=("digits", "cifar10", "imagenet"),
+    recipes=("digits", "cifar10", "imagenet", "folder"),
     small=False,  # the recipe's smaller student in place of self-distillation
   )
   config = ml_collections.ConfigDict()
@@ -32,7 +32,7 @@ def get_config(arg="digits"):
   config.pretrained = ""  # the student's first weights; "": random
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME
+  config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME | folder:PATH
   config.data.data_dir = (
     ""  # of TFDS; "": TFDS_DATA_DIR or ~/tensorflow_datasets
   )
@@ -40,6 +40,10 @@ def get_config(arg="digits"):
   config.data.eval_split = "validation"  # "": no evaluation
   config.data.image_size = 0  # from the teacher
   config.data.canvas_size = 0  # from the teacher
+  config.data.labels = ""  # of a folder: a csv | folders | none; "": find out
+  config.data.eval_fraction = 0.0  # of a folder's labels, held out as "test"
+  config.data.on_error = "raise"  # at a damaged image: raise | skip
+  config.data.memory_gib = 0.0  # larger is streamed; 0: half of the memory
 
   # Crop and flip only, the same view for teacher and student.
   config.augment = ml_collections.ConfigDict()
@@ -97,17 +101,34 @@ def get_config(arg="digits"):
 
   if recipe == "digits":
     config.batch_size = 128
-    config.num_epochs = 20.0
+    config.num_epochs = 15.0
     config.data.name = "digits"
     config.data.eval_split = "test"
     config.augment.flip_probability = 0.0
     config.augment.area_range = (0.5, 1.0)
-    config.optim.learning_rate = 0.1
+    # A colder temperature or higher rate makes the classifier diverge: LARS
+    # does not adapt it.
+    config.loss.temperature = 1.0
+    config.optim.learning_rate = 0.05
     config.optim.warmup_epochs = 2.0
     config.log_every_steps = 20
     config.eval_every_steps = 1000
     if options.small:
       config.model.depth = 18
       config.model.width = 0.125
+
+  if recipe == "folder":
+    # All images, labelled or not, teach; as long as the pretraining.
+    config.batch_size = 512
+    config.num_epochs = 0.0  # 0 with num_steps 0: from the number of images
+    config.data.name = "folder:"  # where it is must be given
+    config.data.eval_split = "test"
+    config.data.eval_fraction = 0.2
+    config.optim.learning_rate = 0.075
+    config.optim.warmup_epochs = 10.0
+    config.eval_every_steps = 5000
+    if options.small:
+      config.model.depth = 18
+      config.model.width = 1.0
 
   return config

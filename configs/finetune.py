@@ -7,10 +7,10 @@
   --config=configs/finetune.py:imagenet,supervised the official baseline: from
                                                    scratch, on all labels
 
-Recipes: digits, cifar10, imagenet. `--config.pretrained=DIR` names the run to
-start from; without it the same network is trained from scratch. The fields of
-the network and the image size come from that run (or from `scratch`) and need
-not be given.
+Recipes: digits, cifar10, imagenet, folder. `--config.pretrained=DIR` names the
+run to start from; without it the same network is trained from scratch. The
+fields of the network and the image size come from that run (or from `scratch`)
+and need not be given.
 """
 
 import ml_collections
@@ -22,7 +22,7 @@ def get_config(arg="digits"):
   """Returns the recipe `arg`, every field present."""
   recipe, options = parse_arg(
     arg,
-    recipes=("digits", "cifar10", "imagenet"),
+    recipes=("digits", "cifar10", "imagenet", "folder"),
     labels=100.0,  # percent
     linear=False,
     supervised=False,
@@ -45,7 +45,7 @@ def get_config(arg="digits"):
   config.train_head_layer = True  # official: TF2 trains it, TF1 does not
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME
+  config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME | folder:PATH
   config.data.data_dir = (
     ""  # of TFDS; "": TFDS_DATA_DIR or ~/tensorflow_datasets
   )
@@ -53,6 +53,10 @@ def get_config(arg="digits"):
   config.data.eval_split = "validation"  # "": no evaluation
   config.data.image_size = 0  # from the checkpoint
   config.data.canvas_size = 0  # from the checkpoint
+  config.data.labels = ""  # of a folder: a csv | folders | none; "": find out
+  config.data.eval_fraction = 0.0  # of a folder's labels, held out as "test"
+  config.data.on_error = "raise"  # at a damaged image: raise | skip
+  config.data.memory_gib = 0.0  # larger is streamed; 0: half of the memory
 
   # Crop and flip only (official: color_distort is off).
   config.augment = ml_collections.ConfigDict()
@@ -148,9 +152,27 @@ def get_config(arg="digits"):
     if options.linear:
       # Adam, because h is not scaled and its size depends on the pretraining.
       config.batch_size = 256
-      config.num_steps = 200
+      config.num_steps = 400
+      config.augment.area_range = (0.9, 1.0)
       config.optim.name = "adam"
-      config.optim.learning_rate = 0.01
+      config.optim.learning_rate = 0.03
       config.optim.scaling = "none"
+
+  if recipe == "folder":
+    # For some 300 labels in all: small batches, from the head's first layer, as
+    # the paper does with 1%, at its peak learning rate (0.16) and 60 epochs or
+    # more (config.epochs_for).
+    config.batch_size = 64
+    config.num_epochs = 0.0  # 0 with num_steps 0: from the number of labels
+    config.head_layer = 0 if options.linear or options.supervised else 1
+    config.data.name = "folder:"  # where it is must be given
+    config.data.eval_split = "test"
+    config.data.eval_fraction = 0.2
+    config.optim.learning_rate = 0.02
+    config.scratch.image_size = 160
+    config.log_every_steps = 20
+    config.eval_every_steps = 1000
+    if options.linear or options.supervised:
+      config.optim.learning_rate = 0.1
 
   return config

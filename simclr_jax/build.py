@@ -18,7 +18,6 @@ from simclr_jax import (
   parallel,
   predict,
   probes,
-  sources,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -83,20 +82,6 @@ def _best_dtype() -> str:
     has_it = float(getattr(device, "compute_capability", "0") or 0) >= 8
     return "bfloat16" if has_it else "float32"
   return "float32"
-
-
-def datasets(config) -> tuple[data.Dataset, data.Dataset | None]:
-  """Loads the training and (None without) evaluation images."""
-
-  def load(split):
-    source = sources.make_source(
-      config.data.name, split=split, data_dir=config.data.data_dir
-    )
-    return data.load(source, canvas_size=config.data.canvas_size)
-
-  train = load(config.data.split)
-  test = load(config.data.eval_split) if config.data.eval_split else None
-  return train, test
 
 
 def label_choice(config) -> dict:
@@ -164,7 +149,7 @@ def make_model(config, *, num_classes: int | None, **options):
 
 def init(config, model, train: data.Dataset) -> dict:
   """Random variables {"params", "batch_stats"} as numpy."""
-  size, channels = config.data.image_size, train.images.shape[-1]
+  size, channels = config.data.image_size, train.channels
   images = jnp.zeros((2, size, size, channels), config.model.dtype)
   variables = jax.jit(model.init)(jax.random.key(config.seed), images)
   return jax.tree.map(np.asarray, variables)

@@ -110,11 +110,30 @@ def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
   """Steps of a run: `config.num_steps`, or the official N * E // B + 1.
 
+  Where both are 0 (the folder recipe), `config.num_epochs` is set first.
   Source: google-research/simclr, model_util.get_train_steps.
   """
+  if not config.num_steps and not config.num_epochs:
+    set_field(
+      config, "num_epochs", epochs_for(num_examples, stage=config.stage)
+    )
   if config.num_steps:
     return config.num_steps
   return int(num_examples * config.num_epochs // config.batch_size) + 1
+
+
+def epochs_for(num_examples: int, *, stage: str) -> float:
+  """How many epochs suit a dataset of this size.
+
+  Without labels: 10 million images seen, within 100 epochs (the least that is
+  published for ImageNet) and 1000 (what is published for CIFAR-10). With
+  labels: the published 60 epochs of few and 30 of many, and 20,000 images seen
+  at least, which are 300 steps at batch 64.
+  """
+  if stage == "finetune":
+    epochs = 60 if num_examples <= 20_000 else 30
+    return float(max(epochs, -(-20_000 // num_examples)))
+  return float(min(max(round(10e6 / num_examples), 100), 1000))
 
 
 def warmup_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
@@ -138,6 +157,8 @@ _NOT_NEGATIVE = (
   "num_steps",
   "data.image_size",
   "data.canvas_size",
+  "data.eval_fraction",
+  "data.memory_gib",
   "optim.learning_rate",
   "optim.warmup_epochs",
   "optim.weight_decay",
@@ -147,6 +168,7 @@ _NOT_NEGATIVE = (
   "loss.label_weight",
 )
 _CHOICES = {
+  "data.on_error": ("raise", "skip"),
   "model.dtype": ("auto", "float32", "bfloat16", "float64"),
   "model.stem": ("auto", "imagenet", "cifar"),
   "model.conv": ("auto", "xla", "cpu"),
@@ -175,8 +197,14 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
         f"config.{name} must be one of {', '.join(allowed)}; got "
         f'"{fields[name]}"{nearest(str(fields[name]), allowed)}'
       )
-  if config.num_epochs <= 0 and config.num_steps <= 0:
+  derived = config.recipe == "folder"  # from the number of images
+  if config.num_epochs <= 0 and config.num_steps <= 0 and not derived:
     raise UserError("config.num_epochs or config.num_steps must be above 0.")
+  if config.data.eval_fraction >= 1:
+    raise UserError(
+      "config.data.eval_fraction must be below 1, got "
+      f"{config.data.eval_fraction:g}; 0.2 holds out a fifth."
+    )
   if config.batch_size % num_devices:
     divisible = max(config.batch_size // num_devices, 1) * num_devices
     raise UserError(

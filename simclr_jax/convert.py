@@ -1,236 +1,39 @@
-"""Official TensorFlow variables as variables of this project.
+"""Official TensorFlow checkpoints as runs of this project.
 
-Both official codes number the encoder's layers in their order of construction,
-one count for convolutions and one for BatchNorms, with the shortcut of a block
-before its main path. TF2 checkpoints have object paths instead, which sort into
-the same order. Kernels are laid out as here: nothing is transposed.
+  python -m simclr_jax.convert --tensorflow_checkpoint=PREFIX --workdir=DIR
+
+The network's size is read off the variables. DIR then serves as
+--config.pretrained of every stage, or with --head_layer, which says where its
+classifier sits, as a fine-tuned network: --config.teacher of distill.
 """
 
+import argparse
 import difflib
-import itertools
-import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from simclr_jax import models, resnet
+from simclr_jax import (
+  checkpoint,
+  cli,
+  loop,
+  models,
+  resnet,
+  tf_bundle,
+  tf_names,
+)
+from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 
-# Leaves: official name -> (collection, ours).
-_BATCH_NORM = {
-  "gamma": ("params", "scale"),
-  "beta": ("params", "bias"),
-  "moving_mean": ("batch_stats", "mean"),
-  "moving_variance": ("batch_stats", "var"),
-}
-_EMA = "ema_model/"
-_OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
-# Optimizer slots, counters, the memory bank of the paper's runs, TF2's graph.
-_NOT_THE_NETWORK = (
-  r"/Momentum$|\.OPTIMIZER_SLOT|(^|/)optimizer/|(^|/)memory(_\w+)?(/|$)"
-  r"|^global_step|^save_counter|^_CHECKPOINTABLE_OBJECT_GRAPH$"
-)
-_MAX_NAMED = 8  # names listed of each kind in an error
-# Where object paths would not sort into the order of construction.
-_RANKS = {
-  "initial_conv_relu_max_pool": 0,
-  "block_groups": 1,
-  "projection_layers": 0,  # the shortcut of bottleneck blocks
-  "shortcut_layers": 0,  # and of basic blocks
-  "conv_relu_dropblock_layers": 1,
-  "conv2d_bn_layers": 1,
-  "conv2d_fixed_padding": 0,  # from here on inside a selective kernel
-  "batch_norm_relu": 1,
-  "conv2d_0": 2,
-  "batch_norm_relu_1": 3,
-  "conv2d_1": 4,
-}
-
-
-def _numbered(kind, number):
-  return f"base_model/{kind}_{number}" if number else f"base_model/{kind}"
-
-
-def _natural(name):
-  """A sort key that puts conv2d_2 before conv2d_10."""
-  return [
-    (part.isdigit(), int(part) if part.isdigit() else part)
-    for part in re.split(r"(\d+)", name)
-  ]
-
-
-def _encoder_layers(depth, sk_ratio, stem):
-  """Paths of all convolutions and BatchNorms in the order of construction."""
-  blocks, is_bottleneck = resnet.DEPTHS[depth]
-  for i in range(1, 4 if sk_ratio > 0 and stem == "imagenet" else 2):
-    yield from (("stem", f"conv_{i}"), ("stem", f"bn_{i}"))
-  main = "conv_1 bn_1 conv_2 bn_2"
-  if is_bottleneck:
-    main += " gate_conv_1 gate_bn gate_conv_2" if sk_ratio > 0 else ""
-    main += " conv_3 bn_3"
-  for group, num_blocks in enumerate(blocks, start=1):
-    for i in range(num_blocks):
-      shortcut = "shortcut_conv shortcut_bn " if i == 0 else ""
-      for layer in (shortcut + main).split():
-        yield f"block_group{group}", f"block_{i}", layer
-
-
-def tensorflow_names(
-  *,
-  depth: int,
-  sk_ratio: float,
-  stem: str,
-  num_layers: int = 3,
-  has_classifier: bool = True,
-) -> dict[str, tuple[str, ...]]:
-  """TF1 name -> path such as ("params", "encoder", "stem", "conv_1", "kernel").
-
-  In the order in which `resnet.py` and `model_util.py` create them.
-  """
-  names = {}
-
-  def add(name, path, leaves):
-    for leaf in leaves:
-      collection, ours = _BATCH_NORM.get(leaf, ("params", leaf))
-      names[f"{name}/{leaf}"] = (collection, *path, ours)
-
-  counts = {"conv2d": 0, "batch_normalization": 0}
-  for path in _encoder_layers(depth, sk_ratio, stem):
-    kind = "conv2d" if "conv" in path[-1] else "batch_normalization"
-    leaves = ["kernel"] if kind == "conv2d" else _BATCH_NORM
-    add(_numbered(kind, counts[kind]), ("encoder", *path), leaves)
-    counts[kind] += 1
-  for k in range(1, num_layers + 1):
-    layer, head = f"head_contrastive/nl_{k - 1}", "projection_head"
-    leaves = [leaf for leaf in _BATCH_NORM if k < num_layers or leaf != "beta"]
-    add(f"{layer}/dense", (head, f"dense_{k}"), ["kernel"])
-    add(f"{layer}/batch_normalization", (head, f"bn_{k}"), leaves)
-  if has_classifier:
-    layer = "head_supervised/linear_layer/dense"
-    add(layer, ("classifier",), ["kernel", "bias"])
-  return names
-
-
-def _from_object_paths(variables):
-  """Gives the variables of a TF2 checkpoint their TF1 names."""
-  encoder, named = {}, {}
-  for name, value in variables.items():
-    path = name.removesuffix(_OBJECT)
-    if match := re.search(r"(?:^|/)resnet_model/(.+)/(\w+)$", path):
-      encoder.setdefault(match[1], {})[match[2]] = value
-      continue
-    path = re.sub(r"^(.*/)?supervised_head/", "head_supervised/", path)
-    path = re.sub(
-      r"^(.*/)?_projection_head/linear_layers/", "head_contrastive/nl_", path
-    )
-    named[path.replace("/bn_relu/bn/", "/batch_normalization/")] = value
-
-  def order(layer):
-    return [
-      int(part) if part.isdigit() else _RANKS.get(part, 0)
-      for part in layer.split("/")
-    ]
-
-  counts = {"conv2d": 0, "batch_normalization": 0}
-  for layer in sorted(encoder, key=order):
-    kind = "conv2d" if "kernel" in encoder[layer] else "batch_normalization"
-    for leaf, value in encoder[layer].items():
-      named[f"{_numbered(kind, counts[kind])}/{leaf}"] = value
-    counts[kind] += 1
-  return named
-
-
-def select(variables, *, ema: bool = False) -> tuple[dict, list[str]]:
-  """Splits a checkpoint's variables into the network and what is not of it.
-
-  Args:
-    variables: TF1 names or TF2 object paths -> arrays.
-    ema: take the averaged copy ("ema_model/...") rather than the last weights.
-
-  Returns:
-    (TF1 name -> array, sorted names left out: the optimizer's slots, counters,
-    the memory bank, the copy that was not asked for).
-
-  Raises:
-    UserError: `ema`, but there is no averaged copy.
-  """
-  if ema and not any(name.startswith(_EMA) for name in variables):
-    raise UserError(
-      f'ema: the checkpoint has no averaged copy (no name starts with "{_EMA}")'
-    )
-  named, left_out = {}, []
-  for name, value in variables.items():
-    if name.startswith(_EMA) != ema or re.search(_NOT_THE_NETWORK, name):
-      left_out.append(name)
-    else:
-      name = name.removeprefix(_EMA).removesuffix(":0")
-      # A linear head is one layer without beta too, under another name.
-      named[name.replace("head_contrastive/l_0/", "head_contrastive/nl_0/")] = (
-        value
-      )
-  if any(name.endswith(_OBJECT) for name in named):
-    named = _from_object_paths(named)
-  return named, sorted(left_out, key=_natural)
-
-
-def architecture(named) -> dict:
-  """Reads depth, width, sk_ratio and stem off TF1 names and shapes.
-
-  Args:
-    named: TF1 name -> array, as from `select`.
-
-  Raises:
-    UserError: this is no ResNet of SimCLR.
-  """
-  first = np.shape(named.get("base_model/conv2d/kernel"))
-  num_convs = sum(
-    bool(re.match(r"base_model/conv2d(_\d+)?/kernel$", name)) for name in named
-  )
-  for depth, sk_ratio, stem in itertools.product(
-    resnet.DEPTHS, (0.0, 0.0625), resnet.STEMS
-  ):
-    layers = _encoder_layers(depth, sk_ratio, stem)
-    is_resnet_d = sk_ratio > 0 and stem == "imagenet"
-    kernel_size = 7 if stem == "imagenet" and not sk_ratio else 3
-    if (
-      sum("conv" in layer[-1] for layer in layers) == num_convs
-      and len(first) == 4
-      and first[0] == kernel_size
-    ):
-      width = first[-1] / (32 if is_resnet_d else 64)
-      return dict(depth=depth, width=width, sk_ratio=sk_ratio, stem=stem)
-  raise UserError(
-    f"the TensorFlow variables ({len(named)} of them, {num_convs} called "
-    "base_model/conv2d...) are not those of a SimCLR ResNet"
-  )
+_MAX_NAMED = 8  # names listed of each kind
 
 
 def _described(depth, width, sk_ratio, stem):
-  return (
-    f"depth {depth}, width {width:g}, sk_ratio {sk_ratio:g}, {stem} stem"
-  )
-
-
-def _head(named):
-  """What `make_model` must be told besides the encoder's shape."""
-
-  def size(name, axis):
-    return np.shape(named[name])[axis] if name in named else None
-
-  layers = [re.match(r"head_contrastive/nl_(\d+)/", name) for name in named]
-  num_layers = max((int(layer[1]) + 1 for layer in layers if layer), default=0)
-  dim = size(f"head_contrastive/nl_{num_layers - 1}/dense/kernel", -1) or 128
-  classifier = "head_supervised/linear_layer/dense/kernel"
-  # All inputs of the classifier are as wide as h, but for the output of g.
-  on_output = num_layers and size(classifier, 0) == dim
-  return {
-    "num_layers": num_layers,
-    "dim": dim,
-    "num_classes": size(classifier, -1),
-    "head_layer": num_layers if on_output else 0,
-  }
+  return f"depth {depth}, width {width:g}, sk_ratio {sk_ratio:g}, {stem} stem"
 
 
 def from_tensorflow(
@@ -245,7 +48,7 @@ def from_tensorflow(
   """Maps official variables onto this project's; every one is used or named.
 
   Encoder, projection head (of any number of layers, or none) and classifier (if
-  there is one) are taken. What is not of the network (see `select`) is left.
+  there is one) are taken; what `tf_names.select` leaves out is no network's.
 
   Args:
     variables: TF1 name, such as "base_model/conv2d_1/kernel", or TF2 object
@@ -265,9 +68,9 @@ def from_tensorflow(
   """
   wanted = dict(depth=depth, width=width, sk_ratio=sk_ratio, stem=stem)
   resnet.check_architecture(**wanted)
-  named, _ = select(variables, ema=ema)
-  head = _head(named)
-  paths = tensorflow_names(
+  named, _ = tf_names.select(variables, ema=ema)
+  head = tf_names.head(named)
+  paths = tf_names.paths(
     depth=depth,
     sk_ratio=sk_ratio,
     stem=stem,
@@ -285,8 +88,10 @@ def from_tensorflow(
   )
   if problem := _difference(paths, expected, named):
     try:
-      found = architecture(named)
-      hint = f" (they look like {_described(**found)})" if found != wanted else ""
+      found = tf_names.architecture(named)
+      hint = (
+        f" (they look like {_described(**found)})" if found != wanted else ""
+      )
     except UserError:
       hint = ""
     raise UserError(
@@ -300,8 +105,8 @@ def from_tensorflow(
 
 def _difference(paths, expected, named):
   """One line on how the variables differ from the network, or ""."""
-  missing = sorted(paths.keys() - named.keys(), key=_natural)
-  extra = sorted(named.keys() - paths.keys(), key=_natural)
+  missing = sorted(paths.keys() - named.keys(), key=tf_names.natural)
+  extra = sorted(named.keys() - paths.keys(), key=tf_names.natural)
   wrong = [
     f"{name} {np.shape(named[name])} instead of {expected[path].shape}"
     for name, path in paths.items()
@@ -327,3 +132,151 @@ def _difference(paths, expected, named):
       text += f" and {more} more" if more > 0 else ""
       parts.append(f"{len(entries)} {what}: {text}")
   return "; ".join(parts)
+
+
+def convert(
+  tensorflow_checkpoint,
+  workdir,
+  *,
+  ema: bool = False,
+  head_layer: int | None = None,
+  label_names=(),
+) -> None:
+  """Writes a run's directory with the network of a TensorFlow checkpoint.
+
+  Args:
+    tensorflow_checkpoint: its prefix, or a folder that holds one.
+    workdir: the new run's directory; nothing may be there.
+    ema: take the averaged copy of the weights.
+    head_layer: which layer of the head the classifier sits on (official: 1 for
+      the networks fine-tuned on 1% and 10%, 0 on 100%); None leaves a
+      classifier out, and the run is one of pretraining.
+    label_names: of the classifier's outputs, in order; default their numbers.
+
+  Raises:
+    UserError: a file or name that does not fit; nothing has been written then.
+  """
+  workdir = Path(workdir).expanduser()
+  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise UserError(
+      f"--workdir={workdir} exists already and is left as it is; give another"
+    )
+  found = tf_bundle.read(tensorflow_checkpoint)
+  named, left_out = tf_names.select(found, ema=ema)
+  if head_layer is None:
+    left_out += [name for name in named if name.startswith("head_supervised/")]
+    named = {k: v for k, v in named.items() if k not in set(left_out)}
+  arch, head = tf_names.architecture(named), tf_names.head(named)
+  variables = from_tensorflow(named, **arch)
+  config = _config(arch, head, head_layer)
+  num_classes = head["num_classes"] or 0
+  label_names = list(label_names) or [str(i) for i in range(num_classes)]
+  if head_layer is not None and len(label_names) != num_classes:
+    raise UserError(
+      f"--label_names: got {len(label_names)} names, but the classifier has "
+      f"{num_classes} outputs"
+    )
+  loop.claim(config, workdir)
+  with checkpoint.open_manager(workdir, keep=1) as manager:
+    checkpoint.save(
+      manager,
+      {"step": np.asarray(0, np.int32), "opt_state": {}, **variables},
+      config,
+      extra={
+        "label_names": label_names,
+        "labels_used": {"percent": 100.0, "seed": 0},
+        "tensorflow_checkpoint": str(tensorflow_checkpoint),
+      },
+    )
+  more = f" and {len(left_out) - _MAX_NAMED} more" * (
+    len(left_out) > _MAX_NAMED
+  )
+  print(
+    f"converted {len(named)} variables ({_described(**arch)}, "
+    f"{head['num_layers']} head layers, {num_classes} classes) into {workdir}\n"
+    f"left out {len(left_out)}: {', '.join(left_out[:_MAX_NAMED])}{more}",
+    flush=True,
+  )
+
+
+def _config(arch, head, head_layer):
+  """The config of a run that such a network could have come from."""
+  if head_layer is not None and head["num_classes"] is None:
+    raise UserError("--head_layer: the checkpoint has no classifier")
+  if head_layer is not None and not 0 <= head_layer <= head["num_layers"]:
+    raise UserError(
+      f"--head_layer: got {head_layer}, but the projection head has "
+      f"{head['num_layers']} layers; allowed are 0 to {head['num_layers']}"
+    )
+  is_small = arch["stem"] == "cifar"
+  config = cli.load_recipe(
+    "cifar10" if is_small else "imagenet",
+    stage="pretrain" if head_layer is None else "finetune",
+  )
+  size = 32 if is_small else 224
+  fields = {f"model.{name}": value for name, value in arch.items()} | {
+    "model.pool_padding": "same",
+    "model.dtype": "float32",
+    "head.num_layers": head["num_layers"],
+    "head.dim": head["dim"],
+    "data.image_size": size,
+    "data.canvas_size": size if is_small else size * 3 // 2,
+  }
+  if head_layer is not None:
+    fields["head_layer"] = head_layer
+  for name, value in fields.items():
+    config_lib.set_field(config, name, value)
+  return config
+
+
+def main(argv=None) -> None:
+  """The command; see the top of this file."""
+  parser = argparse.ArgumentParser(
+    prog="python -m simclr_jax.convert",
+    description=convert.__doc__.split("\n")[0],
+  )
+  parser.add_argument(
+    "--tensorflow_checkpoint",
+    required=True,
+    help="the path up to .index, or a folder with one checkpoint",
+  )
+  parser.add_argument(
+    "--workdir", required=True, help="the new run's directory"
+  )
+  parser.add_argument(
+    "--ema", action="store_true", help="take the averaged weights (ema_model/)"
+  )
+  parser.add_argument(
+    "--head_layer",
+    type=int,
+    help="keep the classifier, which sits on this layer of the head: 1 for "
+    "finetuned_1pct and finetuned_10pct, 0 for finetuned_100pct",
+  )
+  parser.add_argument(
+    "--label_names",
+    help="a file with a class name a line, such as TFDS's label.labels.txt",
+  )
+  args = parser.parse_args(argv)
+  try:
+    names = ()
+    if args.label_names:
+      try:
+        names = Path(args.label_names).expanduser().read_text().split("\n")
+      except OSError as error:
+        raise UserError(
+          f"--label_names={args.label_names}: {error.strerror}"
+        ) from None
+    convert(
+      args.tensorflow_checkpoint,
+      args.workdir,
+      ema=args.ema,
+      head_layer=args.head_layer,
+      label_names=[name for name in names if name],
+    )
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

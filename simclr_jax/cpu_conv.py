@@ -14,15 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Elements of a block's patches or tiles: mostly the best of 2**18, 20 and 22.
-PATCH_BLOCK, TILE_BLOCK = 2**20, 2**22
-# Winograd is used from this many channels on both sides, and from this many
-# multiply-adds: it takes longer to compile, which a small network never earns.
-MIN_CHANNELS, MIN_WORK = 32, 2**29
-# Winograd's F(2x2, 3x3) (Lavin & Gray 2015): input, output, kernel transforms.
-_B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
-_A = ((1, 1, 1, 0), (0, 1, -1, -1))
-_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+# Elements of a block's patches: mostly the best of 2**18, 2**20 and 2**22.
+PATCH_BLOCK = 2**20
 
 
 def conv_general_dilated(
@@ -41,9 +34,7 @@ def conv_general_dilated(
 
   Covers NHWC images [n, h, w, c] with HWIO kernels [kh, kw, c, o] in float32 or
   float64, one group, no dilation, any strides and padding; all else is passed
-  on to lax. The covered cases have reverse-mode gradients only. Wide 3x3
-  convolutions use Winograd's F(2x2, 3x3): rounding differs from lax's by some
-  1e-6 of the largest value in float32.
+  on to lax. The covered cases have reverse-mode gradients only.
 
   >>> x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
   >>> numbers = ("NHWC", "HWIO", "NHWC")
@@ -132,14 +123,14 @@ def _as_one_matrix(x, w, strides, pads, out):
   return y.reshape(len(x), *out, -1)
 
 
-def _in_blocks(fn, images, elements, limit, *, total=False):
+def _in_blocks(fn, images, elements, *, total=False):
   """Maps fn over slices of the batch, sized by elements an image.
 
   A batch that no fitting number of slices divides is filled up with zeros.
   Returns the rows joined, or with `total` the sum over the slices.
   """
   n = len(images[0])
-  num = -(-n * elements // limit)
+  num = -(-n * elements // PATCH_BLOCK)
   num = next((d for d in range(num, 2 * num) if n % d == 0), min(num, n))
   if num == 1:
     return fn(*images)
@@ -163,80 +154,9 @@ def _patches(x, kernel, strides, pads, out):
   return jnp.concatenate(taps, -1)
 
 
-def _mix(parts, matrix, axis=0):
-  """Stacks sum_j matrix[i][j] * parts[j] over i."""
-  sums = [
-    functools.reduce(
-      operator.add, [p * m for m, p in zip(row, parts, strict=True) if m]
-    )
-    for row in matrix
-  ]
-  # Without the barrier XLA computes each sum again wherever it is read.
-  return lax.optimization_barrier(jnp.stack(sums, axis))
-
-
-def _input_tiles(x, pads, tiles):
-  """Transformed 4x4 tiles, two apart: [16, n * tiles, c]."""
-  th, tw = tiles
-  fit = [
-    (p[0], 2 * t + 2 - p[0] - n)
-    for p, t, n in zip(pads, tiles, x.shape[1:3], strict=True)
-  ]
-  x = _pad(x, fit)
-  x = _mix([x[:, i : i + 2 * th : 2] for i in range(4)], _B)
-  x = _mix([x[:, :, :, j : j + 2 * tw : 2] for j in range(4)], _B)
-  return x.reshape(16, -1, x.shape[-1])
-
-
-def _winograd(x, w, pads, out):
-  tiles = [-(-o // 2) for o in out]
-
-  def block(x):
-    v = _input_tiles(x, pads, tiles)
-    m = lax.dot_general(v, u, (((2,), (1,)), ((0,), (0,))))
-    m = m.reshape(4, 4, len(x), *tiles, -1)
-    y = _mix(_mix(m, _A, axis=4), _A, axis=2)
-    y = y.reshape(len(x), 2 * tiles[0], 2 * tiles[1], -1)
-    return y[:, : out[0], : out[1]]
-
-  g = np.array(_G, x.dtype)
-  u = jnp.einsum("jb,ia,abco->jico", g, g, w).reshape(16, *w.shape[2:])
-  elements = 16 * tiles[0] * tiles[1] * max(w.shape[2:])
-  return _in_blocks(block, [x], elements, TILE_BLOCK)
-
-
-def _winograd_filter_gradient(x, dy, pads):
-  out = dy.shape[1:3]
-  tiles = [-(-o // 2) for o in out]
-
-  def block(x, dy):
-    v = _input_tiles(x, pads, tiles)
-    back = np.transpose(_A)
-    fit = [(0, 2 * t - o) for t, o in zip(tiles, out, strict=True)]
-    dm = _pad(dy, fit)
-    dm = _mix([dm[:, i::2] for i in range(2)], back)
-    dm = _mix([dm[:, :, :, j::2] for j in range(2)], back)
-    dm = dm.reshape(16, -1, dy.shape[3])
-    return lax.dot_general(dm, v, (((1,), (1,)), ((0,), (0,))))
-
-  elements = 16 * tiles[0] * tiles[1] * max(x.shape[3], dy.shape[3])
-  du = _in_blocks(block, [x, dy], elements, TILE_BLOCK, total=True)
-  du = du.reshape(4, 4, *du.shape[1:])
-  g = np.array(_G, x.dtype)
-  return jnp.einsum("jb,ia,jioc->abco", g, g, du)
-
-
-def _use_winograd(kernel_shape, strides, pixels):
-  *size, c, o = kernel_shape
-  fits = (*size, *strides) == (3, 3, 1, 1) and min(c, o) >= MIN_CHANNELS
-  return fits and 9 * pixels * c * o >= MIN_WORK
-
-
 def _forward(x, w, strides, pads):
   kernel = w.shape[:2]
   out = _out_size(x.shape[1:3], kernel, strides, pads)
-  if _use_winograd(w.shape, strides, len(x) * out[0] * out[1]):
-    return _winograd(x, w, pads, out)
   if strides == (1, 1) and w.shape[2] > 4:
     return lax.conv_general_dilated(
       x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -246,7 +166,6 @@ def _forward(x, w, strides, pads):
     lambda x: _patches(x, kernel, strides, pads, out) @ matrix,
     [x],
     out[0] * out[1] * len(matrix),
-    PATCH_BLOCK,
   )
 
 
@@ -271,12 +190,10 @@ def _input_gradient(dy, w, size, strides, pads):
       dx.append(_pad(taps[:, :, :, index], fit, interior))
     return functools.reduce(operator.add, dx)
 
-  return _in_blocks(block, [dy], out[0] * out[1] * matrix[0].size, PATCH_BLOCK)
+  return _in_blocks(block, [dy], out[0] * out[1] * matrix[0].size)
 
 
 def _filter_gradient(x, dy, kernel_shape, strides, pads):
-  if _use_winograd(kernel_shape, strides, dy[..., 0].size):
-    return _winograd_filter_gradient(x, dy, pads)
   kernel, out, o = kernel_shape[:2], dy.shape[1:3], dy.shape[3]
 
   def block(x, dy):
@@ -284,7 +201,7 @@ def _filter_gradient(x, dy, kernel_shape, strides, pads):
     return dy.reshape(-1, o).T @ patches.reshape(-1, patches.shape[3])
 
   elements = out[0] * out[1] * kernel[0] * kernel[1] * x.shape[3]
-  dw = _in_blocks(block, [x, dy], elements, PATCH_BLOCK, total=True)
+  dw = _in_blocks(block, [x, dy], elements, total=True)
   return dw.T.reshape(kernel_shape)
 
 

@@ -4,7 +4,6 @@ python -m simclr_jax.distill --config=distill.py:digits --workdir=DIR
     --config.teacher=DIR
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -121,12 +120,14 @@ def train_and_evaluate(config, workdir) -> dict:
     )
   _resolve_student(config, taught)
   build.resolve(config)
-  train, test = build.datasets(config)
+  train, test = data.open_splits(config, workdir)
   build.refuse_few(config, train)
-  if len(about["label_names"]) != train.num_classes:
+  label_names = tuple(about["label_names"])
+  if train.num_classes and train.label_names != label_names:
     raise UserError(
-      f"config.teacher: {config.teacher} knows {len(about['label_names'])} "
-      f"classes, {config.data.name} has {train.num_classes}."
+      f"config.teacher: {config.teacher} knows {len(label_names)} classes, "
+      f"{', '.join(label_names[:9])}; {config.data.name} has "
+      f"{train.num_classes}, {', '.join(train.label_names[:9])}."
     )
   if config.loss.label_weight:
     train = _hide_labels(train, about["labels_used"])
@@ -136,10 +137,10 @@ def train_and_evaluate(config, workdir) -> dict:
     return done
 
   teacher = build.make_model(
-    taught, num_classes=train.num_classes, head_layer=taught.head_layer
+    taught, num_classes=len(label_names), head_layer=taught.head_layer
   )
   model = build.make_model(
-    config, num_classes=train.num_classes, head_layer=config.head_layer
+    config, num_classes=len(label_names), head_layer=config.head_layer
   )
   variables = build.init(config, model, train)
   if config.pretrained:
@@ -177,7 +178,7 @@ def train_and_evaluate(config, workdir) -> dict:
     learning_rate=schedule,
     constants=(teacher_variables,),
     extra={
-      "label_names": list(train.label_names),
+      "label_names": list(label_names),
       "labels_used": about["labels_used"],
       "teacher": {k: about[k] for k in ("workdir", "step", "hash")},
     },
@@ -205,7 +206,7 @@ def _hide_labels(train, used: dict):
     train.labels, label_names=train.label_names, **used
   )
   labels[chosen] = train.labels[chosen]
-  return dataclasses.replace(train, labels=labels)
+  return train.with_labels(labels)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def train_and_evaluate(config, workdir) -> dict:
   config = build.start(config)
   loaded = _resolve_network(config)
   build.resolve(config)
-  train, test = build.datasets(config)
+  train, test = data.open_splits(config, workdir)
   used = build.label_choice(config)
   train = train.select(
     data.label_subset(train.labels, label_names=train.label_names, **used)

@@ -46,6 +46,8 @@ class TrainState:
 # A run may be continued with another value of these.
 _MAY_CHANGE = (
   "data.data_dir",
+  "data.memory_gib",
+  "data.on_error",
   "log_every_steps",
   "eval_every_steps",
   "checkpoint_every_steps",
@@ -316,6 +318,8 @@ def _with_stop(step_fn):
 
   def step(state, batch, key, stop, *constants):
     state, metrics = step_fn(state, batch, key, *constants)
+    if "replaced" in batch:  # damaged images that another one stands for
+      metrics["replaced"] = jax.lax.psum(batch["replaced"].sum(), parallel.AXIS)
     return state, dict(metrics, stop=jax.lax.pmax(stop, parallel.AXIS))
 
   return step

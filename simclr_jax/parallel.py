@@ -36,7 +36,9 @@ HEARTBEAT_SECONDS = 100
 _at_exit: list = []
 
 
-def initialize(environ=os.environ, *, start=None) -> bool:
+def initialize(
+  environ=os.environ, *, heartbeat_seconds=HEARTBEAT_SECONDS, start=None
+) -> bool:
   """Joins the other processes of a cluster; does nothing where there is none.
 
   JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
@@ -44,12 +46,13 @@ def initialize(environ=os.environ, *, start=None) -> bool:
   JAX's own detection is asked where the environment shows more than one
   process of Slurm, MPI, an indexed Kubernetes Job or a TPU slice.
 
-  A process that is not heard of for `HEARTBEAT_SECONDS` is taken for dead and
-  brings the others down; a closed connection is noticed at once. Signal
+  A process that is not heard of for `heartbeat_seconds` is taken for dead and
+  brings the others down; often a closed connection is noticed sooner. Signal
   handlers must be set after this call, which replaces them.
 
   Args:
     environ: where to look.
+    heartbeat_seconds: at most so long do the others wait for a dead process.
     start: called with the arguments of `jax.distributed.initialize`; None is
       that function.
 
@@ -69,7 +72,7 @@ def initialize(environ=os.environ, *, start=None) -> bool:
   try:
     (start or jax.distributed.initialize)(
       initialization_timeout=INITIALIZATION_SECONDS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=heartbeat_seconds,
       **options,
     )
   except ValueError:

@@ -14,6 +14,7 @@ from simclr_jax import (
   build,
   checkpoint,
   cli,
+  data,
   loop,
   losses,
   optimizers,
@@ -94,7 +95,7 @@ def train_and_evaluate(config, workdir) -> dict:
   """
   config = build.start(config)
   build.resolve(config)
-  train, test = build.datasets(config)
+  train, test = data.open_splits(config, workdir)
   build.refuse_few(config, train)
   num_steps = config_lib.num_steps(config, len(train))
   loop.claim(config, workdir)

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from simclr_jax.config import UserError
 
@@ -71,19 +72,6 @@ def feature_size(*, depth: int, width: float) -> int:
   return round(64 * width) * 8 * (4 if DEPTHS[depth][1] else 1)
 
 
-def _device_groups(axis_name: str, group_size: int):
-  """`axis_index_groups` for neighbouring devices, `group_size` at a time."""
-  num_devices = jax.lax.axis_size(axis_name)
-  if num_devices % group_size:
-    raise UserError(
-      f"bn_group_size: got {group_size}, must divide the {num_devices} devices"
-    )
-  return [
-    list(range(first, first + group_size))
-    for first in range(0, num_devices, group_size)
-  ]
-
-
 def batch_norm(
   *, train, dtype, axis_name=None, group_size=0, initializing=False
 ) -> Callable[..., nn.BatchNorm]:
@@ -97,7 +85,12 @@ def batch_norm(
   """
   groups = None
   if axis_name is not None and group_size and not initializing:
-    groups = _device_groups(axis_name, group_size)
+    num_devices = jax.lax.axis_size(axis_name)
+    if num_devices % group_size:
+      raise UserError(
+        f"bn_group_size: got {group_size}, must divide the {num_devices} devices"
+      )
+    groups = np.arange(num_devices).reshape(-1, group_size).tolist()
   is_float64 = jnp.dtype(dtype) == jnp.float64
   return functools.partial(
     nn.BatchNorm,
@@ -233,9 +226,7 @@ class BottleneckBlock(nn.Module):
     x = self.conv(self.filters, 1, name="conv_1")(x)
     x = nn.relu(self.norm(name="bn_1")(x))
     num_streams = 2 if self.sk_ratio > 0 else 1
-    x = self.conv(
-      num_streams * self.filters, 3, self.strides, name="conv_2"
-    )(x)
+    x = self.conv(num_streams * self.filters, 3, self.strides, name="conv_2")(x)
     x = nn.relu(self.norm(name="bn_2")(x))
     if num_streams == 2:
       x = self._select(x)

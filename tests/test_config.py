@@ -9,6 +9,7 @@ from simclr_jax import cli
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 
+
 def recipe(stage, arg):
   config = cli.load_recipe(arg, stage=stage)
   config.unlock()
@@ -38,10 +39,8 @@ def test_options_are_cast_to_the_type_of_their_default():
   ],
 )
 def test_mistakes_in_the_argument_are_named(arg, message):
-  with pytest.raises(UserError, match="recipe|option") as error:
-    config_lib.parse_arg(
-      arg, recipes=("digits",), labels=100.0, linear=False
-    )
+  with pytest.raises(UserError, match=r"recipe|option") as error:
+    config_lib.parse_arg(arg, recipes=("digits",), labels=100.0, linear=False)
   assert message in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -118,7 +117,9 @@ def test_inherit_fills_sentinels_and_refuses_other_values():
   stored = {"model.depth": 50, "model.sk_ratio": 0.0, "model.stem": "cifar"}
   config_lib.inherit(config, stored, stored, where="the run X")
   assert (config.model.depth, config.model.stem) == (50, "cifar")
-  with pytest.raises(UserError, match=r"model.depth is 50, but the run X has 1"):
+  with pytest.raises(
+    UserError, match=r"model.depth is 50, but the run X has 1"
+  ):
     config_lib.inherit(
       config, {"model.depth": 18}, ["model.depth"], where="the run X"
     )

@@ -74,7 +74,7 @@ def train_toy(workdir, num_steps, *, sleep=0.0):
 def main(options):
   loop._check_shared.__kwdefaults__["seconds"] = 1
   jax.config.update("jax_enable_x64", True)
-  parallel.initialize()
+  parallel.initialize(heartbeat_seconds=10)
   with parallel.together():
     kind = {"tiny": train_tiny, "toy": train_toy}[options.pop("kind")]
     kind(**options)

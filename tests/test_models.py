@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from simclr_jax import convert, cpu_conv, losses, models, optimizers
+from simclr_jax import convert, cpu_conv, losses, models, optimizers, tf_names
 from simclr_jax.config import UserError
 
 R18 = {"depth": 18, "width": 1, "sk_ratio": 0.0, "stem": "cifar"}
@@ -176,9 +176,7 @@ def test_r18_training_moves_the_averages(golden, x64):
 
 def tensorflow_values(variables, names=None):
   """TF1 name -> value, in the official order of creation, of what is there."""
-  names = names or convert.tensorflow_names(
-    depth=18, sk_ratio=0.0, stem="cifar"
-  )
+  names = names or tf_names.paths(depth=18, sk_ratio=0.0, stem="cifar")
   values = {}
   for name, path in names.items():
     node = variables
@@ -262,9 +260,7 @@ def test_official_finetuning_for_three_steps(golden, x64, golden_finetuning):
       "moving_norm": norms(moving.values()),
       **summary("param", tensorflow_values({"params": params})),
     }
-    assert_golden(
-      {f"step{t}/{name}": x for name, x in got.items()}, want, 1e-6
-    )
+    assert_golden({f"step{t}/{name}": x for name, x in got.items()}, want, 1e-6)
     kernel = params["classifier"]["kernel"]
     decay = 0.5 * 1e-4 * float(jnp.sum(kernel**2))
     assert loss == pytest.approx(want[f"step{t}/loss"], rel=1e-3 + decay)

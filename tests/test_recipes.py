@@ -9,48 +9,44 @@ import pytest
 from simclr_jax import cli, optimizers
 from simclr_jax import config as config_lib
 
-IMAGENET, CIFAR = 1281167, 50000
-
-# stage, recipe, images: batch, epochs, steps, warm-up steps, optimizer, peak
-# learning rate, weight decay.
-TABLE = [
-  ("pretrain", "imagenet", IMAGENET)
-  + (4096, 800, 250228, 12511, "lars", 6.4, 1e-4),
-  ("pretrain", "imagenet,short", IMAGENET)
-  + (4096, 100, 31279, 3127, "lars", 4.8, 1e-4),
-  ("pretrain", "cifar10", CIFAR) + (512, 1000, 97657, 976, "lars", 2.0, 1e-4),
-  ("finetune", "imagenet,linear", IMAGENET)
-  + (4096, 90, 28151, 0, "momentum", 1.6, 1e-6),
-  ("finetune", "cifar10,linear", CIFAR)
-  + (512, 100, 9766, 0, "momentum", 0.2, 0),
-  ("finetune", "imagenet,labels=1", 12811)
-  + (1024, 60, 751, 0, "lars", 0.16, 0),
-  ("finetune", "imagenet,labels=10", 128116)
-  + (1024, 30, 3754, 0, "lars", 0.16, 0),
-  ("finetune", "imagenet", IMAGENET) + (1024, 30, 37535, 0, "lars", 0.16, 0),
-  ("finetune", "imagenet,supervised", IMAGENET)
-  + (4096, 90, 28151, 0, "momentum", 1.6, 1e-4),
-  ("distill", "imagenet", IMAGENET)
-  + (4096, 400, 125114, 6256, "lars", 6.4, 1e-4),
+HEADER = "stage recipe images batch epochs steps warmup optimizer peak decay"
+TABLE = """
+pretrain  imagenet             1281167  4096   800  250228  12511  lars      6.4   1e-4
+pretrain  imagenet,short       1281167  4096   100   31279   3127  lars      4.8   1e-4
+pretrain  cifar10                50000   512  1000   97657    976  lars      2.0   1e-4
+finetune  imagenet,linear      1281167  4096    90   28151      0  momentum  1.6   1e-6
+finetune  cifar10,linear         50000   512   100    9766      0  momentum  0.2   0
+finetune  imagenet,labels=1      12811  1024    60     751      0  lars      0.16  0
+finetune  imagenet,labels=10    128116  1024    30    3754      0  lars      0.16  0
+finetune  imagenet             1281167  1024    30   37535      0  lars      0.16  0
+finetune  imagenet,supervised  1281167  4096    90   28151      0  momentum  1.6   1e-4
+distill   imagenet             1281167  4096   400  125114   6256  lars      6.4   1e-4
+"""  # noqa: E501
+ROWS = [
+  dict(zip(HEADER.split(), line.split(), strict=True))
+  for line in TABLE.strip().splitlines()
 ]
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]}:{row[1]}")
+@pytest.mark.parametrize(
+  "row", ROWS, ids=lambda r: f"{r['stage']}:{r['recipe']}"
+)
 def test_numbers_are_the_published_ones(row):
-  stage, recipe, images, batch, epochs, steps, warmup, name, peak, decay = row
-  config = cli.load_recipe(recipe, stage=stage)
-  assert config.batch_size == batch
-  assert config.num_epochs == epochs
-  assert config_lib.num_steps(config, images) == steps
-  assert config_lib.warmup_steps(config, images) == pytest.approx(warmup, abs=1)
-  assert config.optim.name == name
-  assert config.optim.weight_decay == decay
-  rate = optimizers.peak_learning_rate(
+  config = cli.load_recipe(row["recipe"], stage=row["stage"])
+  images = int(row["images"])
+  assert config.batch_size == int(row["batch"])
+  assert config.num_epochs == float(row["epochs"])
+  assert config_lib.num_steps(config, images) == int(row["steps"])
+  warmup = config_lib.warmup_steps(config, images)
+  assert warmup == pytest.approx(int(row["warmup"]), abs=1)
+  assert config.optim.name == row["optimizer"]
+  assert config.optim.weight_decay == float(row["decay"])
+  peak = optimizers.peak_learning_rate(
     learning_rate=config.optim.learning_rate,
-    batch_size=batch,
+    batch_size=config.batch_size,
     scaling=config.optim.scaling,
   )
-  assert rate == pytest.approx(peak)
+  assert peak == pytest.approx(float(row["peak"]))
 
 
 def test_where_fine_tuning_starts():

@@ -148,7 +148,10 @@ def test_max_pool_against_numpy(padding, side):
   x = np.pad(x, pads, constant_values=-np.inf)
   want = np.stack(
     [
-      [x[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((0, 1)) for j in range(out)]
+      [
+        x[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((0, 1))
+        for j in range(out)
+      ]
       for i in range(out)
     ]
   )
@@ -245,7 +248,10 @@ def test_remat_changes_no_number(single_device, x64):
 
 
 def test_batch_norm_over_groups_of_devices(x64):
-  x = np.random.default_rng(2).normal(size=(8, 4, 6)) * np.arange(1, 9)[:, None, None]
+  x = (
+    np.random.default_rng(2).normal(size=(8, 4, 6))
+    * np.arange(1, 9)[:, None, None]
+  )
 
   def normalize(x):
     norm = resnet.batch_norm(

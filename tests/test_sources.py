@@ -4,6 +4,7 @@ The TFDS dataset is built here by TFDS itself from encoded bytes, as
 array_record and without TensorFlow. The real CIFAR-10 is read where it is.
 """
 
+import dataclasses
 import io
 import os
 import shutil
@@ -118,17 +119,61 @@ def test_a_source_works_like_a_sequence():
     (
       "digit",
       "train",
-      'data.name is "digit"; it must be digits or tfds:NAME; did you mean '
-      '"digits"?',
+      'data.name is "digit"; it must be digits, tfds:NAME or folder:PATH; did '
+      'you mean "digits"?',
     ),
-    ("", "train", 'data.name is ""; it must be digits or tfds:NAME'),
-    ("tfds:", "train", 'data.name is "tfds:"; it must be digits or tfds:NAME'),
+    (
+      "",
+      "train",
+      'data.name is ""; it must be digits, tfds:NAME or folder:PATH',
+    ),
+    (
+      "tfds:",
+      "train",
+      'data.name is "tfds:"; it must be digits, tfds:NAME or folder:PATH',
+    ),
   ],
 )
 def test_unknown_names(name, split, message):
   with pytest.raises(UserError) as error:
     make_source(name, split=split)
   assert str(error.value).removesuffix('; did you mean "tfds"?') == message
+
+
+@pytest.mark.parametrize(
+  "options, end",
+  [
+    ({"labels": "a.csv"}, "(leave data.labels at nothing)."),
+    ({"eval_fraction": 0.2}, "(leave data.eval_fraction at 0.0)."),
+  ],
+)
+def test_options_of_folders_are_refused_elsewhere(options, end):
+  with pytest.raises(UserError) as error:
+    make_source("digits", split="train", **options)
+  (field,) = options
+  assert str(error.value) == (
+    f"data.{field} is for folder:PATH; digits has labels and splits of its own "
+    + end
+  )
+
+
+def test_a_selection_is_a_source():
+  source = make_source("digits", split="test")
+  part = source.select(np.array([5, 3, 5]))
+  assert len(part) == 3
+  assert part.describe(1) == "digits test image 3"
+  for (image, label), i in zip(part.fetch(range(3)), (5, 3, 5), strict=True):
+    np.testing.assert_array_equal(image, source[i][0])
+    assert label == source[i][1]
+  np.testing.assert_array_equal(part.labels, source.labels[[5, 3, 5]])
+  prints = {source.select(np.array(i)).fingerprint for i in ([5, 3], [3, 5])}
+  assert len(prints | {source.fingerprint}) == 3
+
+
+def test_known_labels_count_not_those_of_the_records():
+  source = make_source("digits", split="test")
+  changed = dataclasses.replace(source, labels=np.full(360, -1, np.int32))
+  assert [label for _, label in changed.fetch([0, 7])] == [-1, -1]
 
 
 # -- TFDS ---------------------------------------------------------------------
@@ -618,7 +663,7 @@ def test_large_images_are_shrunk(height, width, max_size, expected, decoder):
   "record, message",
   [
     (b"", "the image is empty (0 bytes)"),
-    (b"this is text", "not a readable image (cannot identify image file"),
+    (b"this is text", "not a readable image (of no known format)"),
     (
       encode(photo(64, 64), "JPEG")[:-99],
       "not a readable image (image file is ",

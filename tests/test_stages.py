@@ -184,7 +184,7 @@ def test_a_complete_run_is_not_repeated(runs, capsys):
       pretrain,
       "digits",
       {"batch_size": 2000},
-      "has 1437 images in split \"train\", fewer than config.batch_size=2000",
+      'has 1437 images in split "train", fewer than config.batch_size=2000',
     ),
     (pretrain, "digits", {"batch_size": 30}, "which 8 devices do not divide"),
     (
@@ -195,7 +195,9 @@ def test_a_complete_run_is_not_repeated(runs, capsys):
     ),
   ],
 )
-def test_mistakes_leave_nothing_behind(runs, tmp_path, module, recipe, fields, message):
+def test_mistakes_leave_nothing_behind(
+  runs, tmp_path, module, recipe, fields, message
+):
   folder, _ = runs
   fields = {
     k: v.format(folder) if isinstance(v, str) else v for k, v in fields.items()

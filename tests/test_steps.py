@@ -83,9 +83,7 @@ def make_batch():
 
 
 def views(function, **changes):
-  return functools.partial(
-    function, size=8, dtype=jnp.float64, **changes
-  )
+  return functools.partial(function, size=8, dtype=jnp.float64, **changes)
 
 
 def nt_xent(**changes):
@@ -155,7 +153,9 @@ def distill_step(**changes):
     teacher=network(),
     optimizer=OPTIMIZER,
     view_fn=views(augment.crop_flip),
-    distillation_fn=functools.partial(losses.distillation_loss, temperature=0.5),
+    distillation_fn=functools.partial(
+      losses.distillation_loss, temperature=0.5
+    ),
     label_weight=0.3,
   )
   return functools.partial(distill.train_step, **(options | changes))

@@ -145,7 +145,7 @@ def _crops(
   aspect_range,
   dtype,
 ):
-  """[views * n, H, C, W], view 1 first; not clipped, at least float32."""
+  """[views, n, H, C, W], not clipped, at least float32."""
   _check_probabilities(flip_probability=flip_probability)
   boxes = _boxes(draws, sizes, area_range, aspect_range)
   flips = draws["flip"][..., 0] < flip_probability
@@ -155,47 +155,50 @@ def _crops(
     jnp.swapaxes(flips, 0, 1),
     size=pixels.height_width(size),
   )
-  return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+  return jnp.swapaxes(x, 0, 1)
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=("amounts", "jitter", "gray", "blur"),
-  inline=True,
+  jax.jit, static_argnames=("amounts", "jitter", "gray", "blur"), inline=True
 )
-def _recolor(x, draws, *, amounts, jitter, gray, blur):
-  """Crops [2n, H, C, W] to views [2n, H, W, C]; three probabilities."""
-  # A number for each view, shaped to meet its planes [2n, H, W].
-  u = {k: v.reshape(len(x), 1, 1, -1) for k, v in draws.items()}
-  planes = [x[:, :, c] for c in range(x.shape[2])]
-  rgb = len(planes) == 3
+def _recolor(crops, draws, *, amounts, jitter, gray, blur):
+  """Crops [2, n, H, C, W] to views [2, n, H, W, C]; three probabilities."""
+  _, n, height, channels, _ = crops.shape
+  rgb, radius = channels == 3, height // 10 // 2
   ranges = {k: v for k, v in amounts if rgb or k not in ("saturation", "hue")}
-  if ranges and jitter:
-    drawn, times = {}, {}
-    for i, name in enumerate(color.OPS):
-      if name in ranges:
-        low, high = ranges[name]
-        unit = u["amount"][..., i].astype(x.dtype)
-        drawn[name] = low + (high - low) * unit
-        times[name] = u["time"][..., i]
-    active = u["jitter"][..., 0] < jitter
-    planes = color.jitter(planes, drawn, times, active)
-  if gray and rgb:
-    luma, on = color.grayscale(planes), u["gray"][..., 0] < gray
-    planes = [jnp.where(on, a, b) for a, b in zip(luma, planes, strict=True)]
-  planes = [jnp.clip(plane, 0, 1) for plane in planes]
-  radius = x.shape[1] // 10 // 2
-  if blur and radius:
-    low, high = SIGMA_RANGE
-    sigma = low + (high - low) * u["sigma"].reshape(-1).astype(x.dtype)
-    blurred = blur_planes(jnp.stack(planes, axis=2), sigma, radius)
-    on = u["blur"][..., 0] < blur
-    planes = [
-      jnp.where(on, jnp.clip(blurred[:, :, c], 0, 1), plane)
-      for c, plane in enumerate(planes)
-    ]
-  # Planes go straight to their place: a swap of axes behind a stack along rows
-  # makes XLA's CPU backend redo the last ops pixel by pixel.
+
+  def one_view(x, draws):
+    # A number for each image, shaped to meet its planes [n, H, W].
+    u = {k: v.reshape(n, 1, 1, -1) for k, v in draws.items()}
+    planes = [x[:, :, c] for c in range(channels)]
+    if ranges and jitter:
+      drawn, times = {}, {}
+      for i, name in enumerate(color.OPS):
+        if name in ranges:
+          low, high = ranges[name]
+          unit = u["amount"][..., i].astype(x.dtype)
+          drawn[name] = low + (high - low) * unit
+          times[name] = u["time"][..., i]
+      active = u["jitter"][..., 0] < jitter
+      planes = color.jitter(planes, drawn, times, active)
+    if gray and rgb:
+      luma, on = color.grayscale(planes), u["gray"][..., 0] < gray
+      planes = [jnp.where(on, a, b) for a, b in zip(luma, planes, strict=True)]
+    planes = [jnp.clip(plane, 0, 1) for plane in planes]
+    if blur and radius:
+      low, high = SIGMA_RANGE
+      sigma = low + (high - low) * u["sigma"].reshape(-1).astype(x.dtype)
+      blurred = blur_planes(jnp.stack(planes, axis=2), sigma, radius)
+      on = u["blur"][..., 0] < blur
+      planes = [
+        jnp.where(on, jnp.clip(blurred[:, :, c], 0, 1), plane)
+        for c, plane in enumerate(planes)
+      ]
+    return planes
+
+  # One view after the other, so that the planes are written before they are
+  # interleaved: XLA's CPU backend would compute them anew for every pixel.
+  planes = jax.lax.map(lambda view: one_view(*view), (crops, draws))
   return jnp.stack(planes, axis=-1)
 
 
@@ -309,7 +312,7 @@ def two_views(
     gray=gray_probability,
     blur=blur_probability,
   )
-  return views.astype(dtype)
+  return views.reshape(-1, *views.shape[2:]).astype(dtype)
 
 
 def crop_flip(
@@ -344,4 +347,4 @@ def crop_flip(
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  return jnp.swapaxes(jnp.clip(crops, 0, 1), -1, -2).astype(dtype)
+  return jnp.swapaxes(jnp.clip(crops[0], 0, 1), -1, -2).astype(dtype)

@@ -45,6 +45,8 @@ def decode(
   try:
     with PIL.Image.open(io.BytesIO(record)) as image:
       return _decode_pillow(image, channels=channels, max_size=max_size)
+  except PIL.UnidentifiedImageError as error:  # Its text has an address.
+    raise ValueError("not a readable image (of no known format)") from error
   except Exception as error:  # Pillow's plugins raise many types.
     raise ValueError(f"not a readable image ({one_line(error)})") from error
 

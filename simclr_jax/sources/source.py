@@ -1,6 +1,7 @@
 """What every dataset looks like to the rest of the package."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +25,9 @@ class Source:
     channels: 1 or 3; `fetch` returns that many.
     shape: (height, width) where all images are known to share it, else None.
     fingerprint: a string that changes with the content, for caches.
-    labels: int32 [num_examples] where known without reading all records.
+    labels: int32 [num_examples] where known without reading all records; then
+      these count, not those that `read` returns.
+    note: a line about what was understood, for the user; "" for none.
   """
 
   name: str
@@ -37,6 +40,7 @@ class Source:
   shape: tuple[int, int] | None
   fingerprint: str
   labels: np.ndarray | None = None
+  note: str = ""
 
   @property
   def num_classes(self) -> int:
@@ -51,6 +55,19 @@ class Source:
 
   def __getitems__(self, indices):
     return self.fetch(indices)
+
+  def select(self, indices: np.ndarray) -> "Source":
+    """The source of these examples alone, in this order."""
+    indices = np.asarray(indices)
+    digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+    return dataclasses.replace(
+      self,
+      num_examples=len(indices),
+      read=lambda chosen: self.read([int(indices[i]) for i in chosen]),
+      describe=lambda index: self.describe(int(indices[index])),
+      fingerprint=f"{self.fingerprint}:{len(indices)}:{digest[:16]}",
+      labels=None if self.labels is None else self.labels[indices],
+    )
 
   def fetch(
     self, indices: Sequence[int], *, max_size: int = 0
@@ -75,5 +92,7 @@ class Source:
         image = decode(record, channels=self.channels, max_size=max_size)
       except ValueError as error:
         raise config.UserError(f"{self.describe(index)}: {error}") from error
+      if self.labels is not None:
+        label = int(self.labels[index])
       examples.append((image, label))
     return examples

@@ -1,0 +1,97 @@
+"""Reading images that may be damaged, and threads to do it in."""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from simclr_jax.config import UserError
+from simclr_jax.sources import Source
+
+# What happens at a damaged image: an error; the next good image of a seeded
+# order in its place (training); nothing in its place (evaluation).
+ON_ERROR = ("raise", "skip", "drop")
+
+
+def num_cores() -> int:
+  """Cores that this process may use."""
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:  # Not on Linux.
+    return os.cpu_count() or 1
+
+
+@functools.lru_cache(maxsize=1)
+def threads() -> concurrent.futures.ThreadPoolExecutor:
+  """The decoding threads of this process, one a core."""
+  return concurrent.futures.ThreadPoolExecutor(
+    num_cores(), thread_name_prefix="decode"
+  )
+
+
+def fetch_all(
+  source: Source, indices: Sequence[int], *, max_size: int
+) -> list[tuple[np.ndarray, int]]:
+  """As `source.fetch`; the error says what can be done about it."""
+  try:
+    return source.fetch(indices, max_size=max_size)
+  except UserError as error:
+    raise UserError(
+      f"{str(error).rstrip('.')}; mend or remove it, or set data.on_error=skip."
+    ) from error
+
+
+def fetch_each(
+  source: Source, indices: Sequence[int], *, max_size: int
+) -> list[tuple[np.ndarray, int] | UserError]:
+  """As `source.fetch`, with the error in the place of a damaged image."""
+  try:
+    return list(source.fetch(indices, max_size=max_size))
+  except UserError as error:
+    if len(indices) == 1:
+      return [error]
+  return [fetch_each(source, [i], max_size=max_size)[0] for i in indices]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed, num_examples):
+  # Three numbers: no epoch of the training order is drawn from the same.
+  return np.random.default_rng((seed, 0, 1)).permutation(num_examples)
+
+
+def replacement(
+  source: Source,
+  index: int,
+  *,
+  seed: int,
+  max_size: int,
+  known: Callable[[int], bool] = lambda index: True,
+) -> tuple[int, np.ndarray, int]:
+  """The next good image after a damaged one in an order drawn from the seed.
+
+  Args:
+    source: a `Source`.
+    index: of the damaged image.
+    seed: of the order.
+    max_size: as in `source.fetch`.
+    known: index -> False where the image is known to be damaged.
+
+  Returns:
+    (its index, image, label).
+
+  Raises:
+    UserError: none is good.
+  """
+  order = _order(seed, len(source))
+  start = int(np.flatnonzero(order == index)[0])
+  for candidate in np.roll(order, -start)[1:].tolist():
+    if known(candidate):
+      (found,) = fetch_each(source, [candidate], max_size=max_size)
+      if not isinstance(found, UserError):
+        return candidate, *found
+  raise UserError(
+    f"none of the {len(source)} images of {source.name} {source.split} can be "
+    "read."
+  )

@@ -1,0 +1,300 @@
+"""Datasets that fit the memory: decoded once, gathered by index."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from simclr_jax import config
+from simclr_jax.data import fetch
+from simclr_jax.data.stream import Streamed
+from simclr_jax.sources import Source
+
+# Examples that one thread reads and decodes at a time.
+_CHUNK = 256
+# What was decoded faster than this is not kept on disk.
+_CACHE_SECONDS = 1.0
+_CACHE_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """Decoded images in memory, each in the top left of a square canvas.
+
+  `train_batches` and `eval_batches` use only its `len` and `gather`.
+
+  Attributes:
+    images: uint8 [N, S, S, C]; zeros outside an image's size.
+    sizes: int32 [N, 2], each image's true height and width, at most S.
+    labels: int32 [N], -1 where unknown.
+    label_names: tuple of class names.
+    replaced: bool [N], where another image is in the place of a damaged one;
+      None where damage is an error.
+  """
+
+  images: np.ndarray
+  sizes: np.ndarray
+  labels: np.ndarray
+  label_names: tuple[str, ...]
+  replaced: np.ndarray | None = None
+
+  @property
+  def num_classes(self) -> int:
+    """Number of class names; 0 for a dataset without labels."""
+    return len(self.label_names)
+
+  @property
+  def channels(self) -> int:
+    """1 or 3."""
+    return self.images.shape[-1]
+
+  def __len__(self):
+    return len(self.images)
+
+  def select(self, indices: np.ndarray) -> "Dataset":
+    """The dataset of these examples alone (a copy), in this order."""
+    arrays = {"images": self.images, "sizes": self.sizes, "labels": self.labels}
+    if self.replaced is not None:
+      arrays["replaced"] = self.replaced
+    return dataclasses.replace(
+      self, **{name: array[indices] for name, array in arrays.items()}
+    )
+
+  def with_labels(self, labels: np.ndarray) -> "Dataset":
+    """The same images with other labels, int32 [N]."""
+    return dataclasses.replace(self, labels=labels)
+
+  def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """indices [n] -> {"image": uint8 [n, S, S, C], "label", "size"}.
+
+    With "replaced", bool [n], where `replaced` is not None.
+    """
+    # One row an image: NumPy then copies each image in one piece.
+    rows = self.images.reshape(len(self), -1)
+    images = rows.take(indices, axis=0)
+    batch = {
+      "image": images.reshape(-1, *self.images.shape[1:]),
+      "label": self.labels[indices],
+      "size": self.sizes[indices],
+    }
+    if self.replaced is not None:
+      batch["replaced"] = self.replaced[indices]
+    return batch
+
+
+def open_dataset(
+  source: Source,
+  *,
+  canvas_size: int,
+  memory_gib: float = 0.0,
+  cache_dir: str | os.PathLike = "",
+  on_error: str = "raise",
+  seed: int = 0,
+  on_skip: Callable[[str], object] | None = None,
+  progress: Callable[[int, int], object] | None = None,
+) -> Dataset | Streamed:
+  """Opens a source for training or evaluation: in memory where it fits.
+
+  Args:
+    source: a `sources.Source`.
+    canvas_size: S, the side of the square canvas in pixels.
+    memory_gib: images of up to this many GiB (2**30 bytes) on their canvas
+      are kept in memory; 0 is half of the machine's (or container's) memory.
+    cache_dir: a local folder where decoded images (and the labels of streamed
+      records) are kept for the next start, by content; "" for nowhere.
+    on_error: at a damaged image, "raise" an error that names it; "skip" it:
+      the next good image of an order drawn from the seed is in its place;
+      "drop" it, for evaluation: it is left out.
+    seed: of that order, not negative.
+    on_skip: called with a line about each damaged image, from any thread.
+    progress: called as progress(done, total) now and then.
+
+  Returns:
+    A `Dataset`, or a `Streamed` one of the same use.
+
+  Raises:
+    config.UserError: see `load`.
+  """
+  size = len(source) * canvas_size**2 * source.channels
+  options = {
+    "canvas_size": canvas_size,
+    "on_error": on_error,
+    "seed": seed,
+    "on_skip": on_skip,
+  }
+  if size > (memory_gib * 2**30 or memory_bytes() / 2):
+    return Streamed(source, **options, cache_dir=cache_dir)
+  folder = _cache_folder(source, canvas_size, cache_dir)
+  if folder and (dataset := _from_cache(folder, source, canvas_size)):
+    if on_error == "skip":
+      nothing = np.zeros(len(dataset), bool)
+      dataset = dataclasses.replace(dataset, replaced=nothing)
+    return dataset
+  begin = time.perf_counter()
+  dataset = load(source, **options, progress=progress)
+  damaged = len(dataset) < len(source) or (
+    dataset.replaced is not None and dataset.replaced.any()
+  )
+  # Damage is told at each start, so it is not kept.
+  if folder and not damaged and time.perf_counter() - begin > _CACHE_SECONDS:
+    _to_cache(folder, dataset)
+  return dataset
+
+
+def load(
+  source: Source,
+  *,
+  canvas_size: int,
+  on_error: str = "raise",
+  seed: int = 0,
+  on_skip: Callable[[str], object] | None = None,
+  num_threads: int | None = None,
+  progress: Callable[[int, int], object] | None = None,
+) -> Dataset:
+  """Reads and decodes a whole source into memory, once.
+
+  Args:
+    source: a `sources.Source`.
+    canvas_size: S, the side of the square canvas in pixels. Larger images
+      are shrunk to fit it, keeping their aspect; smaller ones keep their size.
+    on_error: "raise", "skip" or "drop", as in `open_dataset`.
+    seed: of the order that replacements come from.
+    on_skip: called with a line about each damaged image.
+    num_threads: decoding threads; None is one a core.
+    progress: called as progress(done, total) now and then, if given.
+
+  Returns:
+    A `Dataset` of N * S * S * C bytes.
+
+  Raises:
+    config.UserError: a damaged image (names the record or file) or none that
+      is good, or more than fits this machine's memory.
+  """
+  if canvas_size < 1:
+    raise ValueError(f"canvas_size is {canvas_size}; it must be 1 or more")
+  total = len(source)
+  shape = (total, canvas_size, canvas_size, source.channels)
+  memory = memory_bytes()
+  if math.prod(shape) > memory:
+    raise config.UserError(
+      f"{source.name} {source.split} takes {math.prod(shape) / 2**30:.1f} GiB "
+      f"on a canvas of {canvas_size} pixels, and this machine has "
+      f"{memory / 2**30:.1f}; lower data.canvas_size or take a slice of it."
+    )
+  images = np.zeros(shape, np.uint8)
+  sizes = np.zeros((total, 2), np.int32)
+  labels = np.full(total, -1, np.int32)
+  damaged: dict[int, config.UserError] = {}
+
+  def fill(start):
+    indices = range(start, min(start + _CHUNK, total))
+    if on_error == "raise":
+      examples = fetch.fetch_all(source, indices, max_size=canvas_size)
+    else:
+      examples = fetch.fetch_each(source, indices, max_size=canvas_size)
+    for i, example in zip(indices, examples, strict=True):
+      if isinstance(example, config.UserError):
+        damaged[i] = example
+        continue
+      image, labels[i] = example
+      height, width = sizes[i] = image.shape[:2]
+      images[i, :height, :width] = image
+    return len(indices)
+
+  with concurrent.futures.ThreadPoolExecutor(
+    num_threads or fetch.num_cores()
+  ) as pool:
+    futures = [pool.submit(fill, i) for i in range(0, total, _CHUNK)]
+    try:
+      done = 0
+      for future in concurrent.futures.as_completed(futures):
+        done += future.result()
+        if progress:
+          progress(done, total)
+    finally:  # After an error or Ctrl-C, do not decode the rest first.
+      pool.shutdown(cancel_futures=True)
+  for i in sorted(damaged):
+    if on_skip:
+      on_skip(str(damaged[i]))
+    if on_error == "skip":
+      j, _, labels[i] = fetch.replacement(
+        source,
+        i,
+        seed=seed,
+        max_size=canvas_size,
+        known=lambda j: j not in damaged,
+      )
+      images[i], sizes[i] = images[j], sizes[j]
+  replaced = None
+  if on_error == "skip":
+    replaced = np.zeros(total, bool)
+    replaced[list(damaged)] = True
+  dataset = Dataset(images, sizes, labels, source.label_names, replaced)
+  if on_error == "drop" and damaged:
+    dataset = dataset.select(np.setdiff1d(np.arange(total), list(damaged)))
+  return dataset
+
+
+def memory_bytes() -> int:
+  """Memory of this machine, or of the container that this runs in."""
+  limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+  for file in ("memory.max", "memory/memory.limit_in_bytes"):
+    try:
+      limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    except (OSError, ValueError):  # No such file, or "max".
+      continue
+  return min(limits)
+
+
+# -- kept on disk -------------------------------------------------------------
+
+
+def _cache_folder(source, canvas_size, cache_dir):
+  """Where the decoded images of this content are, None for nowhere."""
+  if not cache_dir or not source.fingerprint:
+    return None
+  key = f"{_CACHE_FORMAT} {canvas_size} {source.channels} {source.fingerprint}"
+  return Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+_ARRAYS = ("images", "sizes", "labels")
+
+
+def _from_cache(folder, source, canvas_size):
+  """What `_to_cache` wrote, or None."""
+  try:
+    arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
+  except (OSError, ValueError, EOFError):  # Not there, or damaged.
+    return None
+  shape = (len(source), canvas_size, canvas_size, source.channels)
+  if arrays["images"].shape != shape:
+    return None
+  return Dataset(**arrays, label_names=source.label_names)
+
+
+def _to_cache(folder, dataset):
+  """Writes to another name first: what is there is whole."""
+  partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(partial).free < 2 * dataset.images.nbytes:
+      raise OSError(28, "little space is left")
+    for name in _ARRAYS:
+      np.save(partial / f"{name}.npy", getattr(dataset, name))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+  except OSError as error:  # The run does not need it.
+    shutil.rmtree(partial, ignore_errors=True)
+    if not folder.exists():  # Another process may have been faster.
+      print(
+        f"note: decoded images are not kept in {folder.parent} "
+        f"({error.strerror})",
+        flush=True,
+      )

@@ -1,0 +1,125 @@
+"""The training and evaluation images of a run, as its config names them."""
+
+import contextlib
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import auto
+
+from simclr_jax import sources
+from simclr_jax.config import UserError
+from simclr_jax.data.memory import Dataset, open_dataset
+from simclr_jax.data.stream import Streamed
+
+
+def open_splits(
+  config, workdir
+) -> tuple[Dataset | Streamed, Dataset | Streamed | None]:
+  """Opens the training and evaluation images; None without the latter.
+
+  To fine-tune, only images with a label are taken. Decoded images are kept in
+  `decoded_images` beside `workdir`, where all stages of an experiment find
+  them; damaged ones that are skipped are listed in skipped.txt in it.
+
+  Args:
+    config: of a stage; `data`, `seed` and `stage` are read.
+    workdir: the run's directory.
+
+  Raises:
+    UserError: a mistake in `config.data`, or a damaged image.
+  """
+  train = _source(config, config.data.split)
+  if train.note:
+    print(train.note, flush=True)
+  if config.stage == "finetune" and train.labels is not None:
+    labelled = np.flatnonzero(train.labels >= 0)
+    if not len(labelled):
+      raise UserError(
+        f'{train.name} has no labelled image in split "{train.split}".'
+      )
+    if len(labelled) < len(train):
+      train = train.select(labelled)
+  on_skip = _skipped_list(workdir)
+  skip = config.data.on_error == "skip"
+
+  def opened(source, on_error):
+    with _progress(f"reading {source.name} {source.split}") as progress:
+      dataset = open_dataset(
+        source,
+        canvas_size=config.data.canvas_size,
+        memory_gib=config.data.memory_gib,
+        cache_dir=_cache_dir(workdir),
+        on_error=on_error if skip else "raise",
+        seed=config.seed,
+        on_skip=on_skip,
+        progress=progress,
+      )
+    if isinstance(dataset, Streamed):
+      print(
+        f"{source.name} {source.split}: {len(source)} images are streamed; on "
+        f"canvases of {config.data.canvas_size} pixels they exceed "
+        "config.data.memory_gib.",
+        flush=True,
+      )
+    return dataset
+
+  test = None
+  if config.data.eval_split and train.num_classes:
+    test = _source(config, config.data.eval_split)
+  return opened(train, "skip"), test and opened(test, "drop")
+
+
+def _source(config, split):
+  return sources.make_source(
+    config.data.name,
+    split=split,
+    data_dir=config.data.data_dir,
+    labels=config.data.labels,
+    eval_fraction=config.data.eval_fraction,
+  )
+
+
+def _cache_dir(workdir):
+  """A folder beside the run, "" where that is not a local disk."""
+  if "://" in str(workdir):
+    return ""
+  return Path(workdir).expanduser().absolute().parent / "decoded_images"
+
+
+@contextlib.contextmanager
+def _progress(title):
+  """A function for `open_dataset` that shows a bar in a terminal."""
+  if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    yield None
+    return
+  with auto.tqdm(desc=title, unit="image", dynamic_ncols=True) as bar:
+
+    def progress(done, total):
+      bar.total = total
+      bar.update(done - bar.n)
+
+    yield progress
+
+
+def _skipped_list(workdir):
+  """A function that adds a line to skipped.txt of the run, each line once."""
+  index = jax.process_index()
+  file = epath.Path(workdir) / f"skipped{f'_{index}' if index else ''}.txt"
+  lock = threading.Lock()
+  lines: list[str] = []
+
+  def add(line):
+    with lock:
+      if not lines and file.exists():
+        lines.extend(file.read_text().splitlines())
+      if line not in lines:
+        lines.append(line)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+        print(f"skipped: {line}", flush=True)
+
+  return add

@@ -1,0 +1,104 @@
+"""labels.csv: the few labels that there are, one file a line."""
+
+import csv
+import os
+import unicodedata
+
+from simclr_jax.config import UserError
+
+
+def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
+  """Reads `file,label[,split]`, with this first line; other columns are free.
+
+  Args:
+    path: of the csv, UTF-8.
+    files: paths of all images, relative to the folder.
+
+  Returns:
+    (labels, splits), one of each a file: "" where the csv has none. All
+    splits are "" where it has no such column; where it has one, a labelled or
+    listed file without a split is in "train".
+
+  Raises:
+    UserError: names the line and what is wrong with it.
+  """
+  try:
+    with open(
+      path, encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:
+      rows = list(_rows(path, csv.reader(file)))
+  except OSError as error:
+    raise UserError(
+      f"{shown(path)}: cannot be read ({error.strerror})."
+    ) from None
+  if not rows:
+    raise UserError(f"{shown(path)} is empty; its first line is file,label.")
+  header = [name.strip().lower() for name in rows[0][1]]
+  if "file" not in header or "label" not in header:
+    raise UserError(
+      f"{shown(path)}: its first line must be file,label or file,label,split; "
+      f'it is "{shown(",".join(rows[0][1]))}".'
+    )
+  position = {file: i for i, file in enumerate(files)}
+  composed = {unicodedata.normalize("NFC", file): file for file in files}
+  labels, splits = [""] * len(files), [""] * len(files)
+  line_of: dict[str, int] = {}
+  for line, row in rows[1:]:
+    where = f"{shown(path)} line {line}"
+    if len(row) != len(header):
+      raise UserError(
+        f"{where}: {len(row)} fields where the first line has {len(header)}; "
+        'put a name with a comma in it in "quotes".'
+      )
+    fields = dict(zip(header, (field.strip() for field in row), strict=True))
+    given = os.path.normpath(fields["file"])
+    # A Mac writes an accent apart from its letter.
+    file = composed.get(unicodedata.normalize("NFC", given), given)
+    file = given if given in position else file
+    if file not in position:
+      raise UserError(f"{where}: {_unknown(fields['file'], files)}")
+    i, value = position[file], (fields["label"], fields.get("split", ""))
+    if file in line_of and value != (labels[i], splits[i]):
+      raise UserError(
+        f"{where}: {shown(file)} is in line {line_of[file]} too, as "
+        f'"{shown(labels[i])}"; keep one of them.'
+      )
+    line_of.setdefault(file, line)
+    labels[i], splits[i] = value
+    if not value[0] and value[1] not in ("", "train"):
+      raise UserError(f'{where}: an image of split "{value[1]}" needs a label.')
+  if "split" in header:
+    splits = [split or "train" for split in splits]
+  return labels, splits
+
+
+def _rows(path, reader):
+  """(line, fields) of all lines that are not empty."""
+  try:
+    for row in reader:
+      if any(field.strip() for field in row):
+        yield reader.line_num, row
+  except csv.Error as error:
+    raise UserError(f"{shown(path)} line {reader.line_num}: {error}.") from None
+
+
+def _unknown(file, files):
+  """What to say about a file that is not there."""
+  name = os.path.basename(file)
+  same = [f for f in files if os.path.basename(f) == name]
+  text = f"there is no image {shown(file)} in the folder"
+  if len(same) == 1:
+    return f'{text}; did you mean "{shown(same[0])}"?'
+  if same:
+    return (
+      f"{text}, but {len(same)} of that name, such as {shown(same[0])} and "
+      f"{shown(same[1])}; write the path."
+    )
+  return f"{text}; paths are relative to it."
+
+
+def shown(name: str) -> str:
+  """A file's name for a message: in one line, whatever bytes it has."""
+  return "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode() for c in name
+  )

@@ -1,0 +1,470 @@
+"""Official names, object paths, errors, and a checkpoint made into a run.
+
+names_*.json: the variables of graphs that the official code built (TF 1.15.4).
+"""
+
+import json
+import re
+import struct
+
+import det
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from simclr_jax import checkpoint, convert, models, tf_bundle, tf_names
+from simclr_jax.config import UserError
+
+ARCHS = {
+  "r18": {"depth": 18, "width": 1, "sk_ratio": 0.0, "stem": "cifar"},
+  "r50": {"depth": 50, "width": 1, "sk_ratio": 0.0, "stem": "imagenet"},
+  "r50_sk": {"depth": 50, "width": 1, "sk_ratio": 0.0625, "stem": "imagenet"},
+}
+OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
+
+
+def official(golden, name):
+  """TF1 name -> an array without storage, in the order of creation."""
+  listed = json.loads(golden(f"names_{name}.json").read_text())["variables"]
+  return {name: np.broadcast_to(0.0, shape) for name, shape, _ in listed}
+
+
+def size_options(arch):
+  return {k: v for k, v in arch.items() if k != "width"}
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_names_in_the_official_order(golden, name):
+  listed = official(golden, name)
+  assert list(tf_names.paths(**size_options(ARCHS[name]))) == list(listed)
+  assert tf_names.architecture(listed) == ARCHS[name]
+
+
+def test_every_value_finds_its_place(golden):
+  variables = det.weights(golden("names_r18.json"))
+  converted = convert.from_tensorflow(variables, **ARCHS["r18"])
+  flat = flatten_dict(converted)
+  assert len(flat) == len(variables)
+  # Kernels are recognised by their shape, norms by their values.
+  for name, path in tf_names.paths(**size_options(ARCHS["r18"])).items():
+    np.testing.assert_array_equal(flat[path], variables[name])
+  model = models.make_model(**ARCHS["r18"], num_classes=1000, conv="xla")
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  assert jax.tree.map(np.shape, converted) == jax.tree.map(np.shape, shapes)
+
+
+def object_paths(arch, paths):
+  """TF2 object path -> TF1 name, written out from tf2/resnet.py."""
+  is_bottleneck = arch["depth"] >= 50
+  has_sk = arch["sk_ratio"] > 0
+  stem = "initial_conv_relu_max_pool"
+  # DropBlock and identity layers take places in these lists.
+  if has_sk:
+    stem_places = {"conv_1": 0, "bn_1": 1, "conv_2": 2, "bn_2": 3}
+    stem_places |= {"conv_3": 4, "bn_3": 6}
+    main = {"conv_1": 0, "bn_1": 1, "conv_3": 5, "bn_3": 6}
+  else:
+    stem_places = {"conv_1": 0, "bn_1": 2}
+    main = {"conv_1": 0, "bn_1": 1, "conv_2": 3, "bn_2": 4}
+    main |= {"conv_3": 6, "bn_3": 7}
+  if not is_bottleneck:
+    main = {"conv_1": 0, "bn_1": 1, "conv_2": 2, "bn_2": 3}
+  selective = {
+    "conv_2": "3/conv2d_fixed_padding/conv2d",
+    "bn_2": "3/batch_norm_relu/bn",
+    "gate_conv_1": "3/conv2d_0",
+    "gate_bn": "3/batch_norm_relu_1/bn",
+    "gate_conv_2": "3/conv2d_1",
+  }
+  main_list = (
+    "conv_relu_dropblock_layers" if is_bottleneck else "conv2d_bn_layers"
+  )
+  first_list = "projection_layers" if is_bottleneck else "shortcut_layers"
+  found = {}
+  for name, (_, top, *middle, _) in paths.items():
+    leaf = name.rsplit("/", 1)[1]
+    layer = middle[-1] if middle else ""
+    kind = "conv2d" if "conv" in layer else "bn"
+    if top == "classifier":
+      path = f"supervised_head/linear_layer/dense/{leaf}"
+    elif top == "projection_head":
+      what = "dense" if "dense" in layer else "bn_relu/bn"
+      k = int(layer[-1]) - 1
+      path = f"_projection_head/linear_layers/{k}/{what}/{leaf}"
+    elif middle[0] == "stem":
+      path = f"resnet_model/{stem}/{stem_places[layer]}/{kind}/{leaf}"
+    else:
+      group, block = int(middle[0][-1]) - 1, middle[1].removeprefix("block_")
+      start = f"resnet_model/block_groups/{group}/layers/{block}"
+      if layer.startswith("shortcut"):
+        # ResNet-D pools first, and pads before where it strides.
+        place = (1 + (group > 0)) * has_sk + (kind == "bn")
+        path = f"{start}/{first_list}/{place}/{kind}/{leaf}"
+      elif has_sk and layer in selective:
+        path = f"{start}/{main_list}/{selective[layer]}/{leaf}"
+      else:
+        path = f"{start}/{main_list}/{main[layer]}/{kind}/{leaf}"
+    found[f"model/{path}{OBJECT}"] = name
+  return found
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_tf2_object_paths(golden, name):
+  named = official(golden, name)
+  paths = object_paths(ARCHS[name], tf_names.paths(**size_options(ARCHS[name])))
+  assert len(paths) == len(named)
+  variables = {path: [name] for path, name in sorted(paths.items())}
+  extra = ["save_counter" + OBJECT, "optimizer/iter" + OBJECT]
+  extra += [next(iter(paths)) + "/.OPTIMIZER_SLOT/optimizer/m" + OBJECT]
+  got, left_out = tf_names.select(variables | dict.fromkeys(extra))
+  assert got == {name: [name] for name in named}
+  assert sorted(left_out) == sorted(extra)
+
+
+def test_averaged_copy_slots_and_memory(golden):
+  names = official(golden, "r18")
+  variables = {name: ("last", name) for name in names}
+  network = [n for n in names if not n.startswith("head_supervised")]
+  variables |= {f"ema_model/{name}": ("ema", name) for name in network}
+  slots = [f"{name}/Momentum" for name in names if "moving" not in name]
+  others = [*slots, "global_step", "memory", "memory_pointer"]
+  variables |= dict.fromkeys(others)
+  got, left_out = tf_names.select(variables)
+  assert got == {name: ("last", name) for name in names}
+  assert set(left_out) == {*others, *(f"ema_model/{n}" for n in network)}
+  assert left_out.index("base_model/conv2d_2/kernel/Momentum") < (
+    left_out.index("base_model/conv2d_10/kernel/Momentum")
+  )
+  got, left_out = tf_names.select(variables, ema=True)
+  assert got == {name: ("ema", name) for name in network}
+  assert set(left_out) == {*others, *names}
+  with pytest.raises(UserError, match="no averaged copy"):
+    tf_names.select({name: 0 for name in names}, ema=True)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_other_heads(golden, num_layers):
+  variables = {
+    name: x
+    for name, x in official(golden, "r18").items()
+    if name.startswith("base_model")
+  }
+  for k in range(num_layers):
+    last = k == num_layers - 1
+    name = "head_contrastive/" + ("l_0" if num_layers == 1 else f"nl_{k}")
+    size = 64 if last else 512
+    variables[f"{name}/dense/kernel"] = np.zeros((512, size))
+    leaves = ["gamma", "moving_mean", "moving_variance"]
+    for leaf in leaves if last else [*leaves, "beta"]:
+      variables[f"{name}/batch_normalization/{leaf}"] = np.zeros(size)
+  converted = convert.from_tensorflow(variables, **ARCHS["r18"])
+  model = models.make_model(
+    **ARCHS["r18"], num_layers=num_layers, dim=64, conv="xla"
+  )
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  assert jax.tree.map(np.shape, converted) == jax.tree.map(np.shape, shapes)
+
+
+@pytest.mark.parametrize(
+  "wrong, hint",
+  [
+    ({"depth": 101}, "depth 50, width 1, sk_ratio 0, imagenet stem"),
+    ({"width": 2}, "depth 50, width 1,"),
+    ({"sk_ratio": 0.0625}, "sk_ratio 0, imagenet stem"),
+    ({"stem": "cifar"}, "imagenet stem"),
+    ({"depth": 18}, "depth 50"),
+  ],
+)
+def test_another_network(golden, wrong, hint):
+  with pytest.raises(UserError) as error:
+    convert.from_tensorflow(official(golden, "r50"), **(ARCHS["r50"] | wrong))
+  text = str(error.value)
+  assert "\n" not in text
+  assert re.search(rf"they look like .*{hint}", text), text
+
+
+def test_missing_extra_and_misshapen(golden):
+  variables = official(golden, "r18")
+  for number in (10, 2):
+    name = f"base_model/conv2d_{number}/kernel"
+    variables[name + "s"] = variables.pop(name)
+  del variables["head_contrastive/nl_2/batch_normalization/gamma"]
+  variables["base_model/conv2d_3/kernel"] = np.zeros((3, 3, 64, 65))
+  variables["quite_another_thing"] = np.zeros(3)
+  with pytest.raises(UserError) as error:
+    convert.from_tensorflow(variables, **ARCHS["r18"])
+  text = str(error.value).partition(": ")[2]
+  assert text == (
+    "3 missing: base_model/conv2d_2/kernel (nearest: "
+    "base_model/conv2d_2/kernels), base_model/conv2d_10/kernel (nearest: "
+    "base_model/conv2d_10/kernels), "
+    "head_contrastive/nl_2/batch_normalization/gamma; "
+    "3 not expected: base_model/conv2d_2/kernels (nearest: "
+    "base_model/conv2d_2/kernel), base_model/conv2d_10/kernels (nearest: "
+    "base_model/conv2d_10/kernel), quite_another_thing; "
+    "1 of another shape: base_model/conv2d_3/kernel (3, 3, 64, 65) instead of "
+    "(3, 3, 64, 64)"
+  )
+
+
+def test_no_network_at_all():
+  with pytest.raises(UserError, match="are not those of a SimCLR ResNet"):
+    tf_names.architecture({"conv1/weights": np.zeros((7, 7, 3, 64))})
+
+
+# A writer of TensorFlow's format, as its documents describe it.
+
+
+def crc32c(data):
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+  return crc ^ 0xFFFFFFFF
+
+
+def masked(crc):
+  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def varint(value):
+  data = b""
+  while value > 127:
+    data += bytes([value & 127 | 128])
+    value >>= 7
+  return data + bytes([value])
+
+
+def field(number, value):
+  if isinstance(value, bytes):
+    return varint(number << 3 | 2) + varint(len(value)) + value
+  return varint(number << 3) + varint(value)
+
+
+def table_block(entries):
+  """Entries with shared prefixes, one restart every two."""
+  data, restarts, last = b"", [], b""
+  for i, (key, value) in enumerate(entries):
+    shared = 0
+    if i % 2 == 0:
+      restarts.append(len(data))
+    else:
+      while key[shared : shared + 1] == last[shared : shared + 1] != b"":
+        shared += 1
+    data += varint(shared) + varint(len(key) - shared) + varint(len(value))
+    data, last = data + key[shared:] + value, key
+  data += b"".join(struct.pack("<I", r) for r in [*restarts, len(restarts)])
+  return data
+
+
+def write_bundle(prefix, variables, *, crc=crc32c, endianness=0, **fields):
+  """Writes two shards and an index of two blocks."""
+  shards = [b"", b""]
+  entries = [(b"", field(1, 2) + field(2, endianness))]
+  for i, (name, x) in enumerate(sorted(variables.items())):
+    data, shard = x.tobytes(), i % 2
+    dtype = {"float32": 1, "int64": 9, "bfloat16": 14}[x.dtype.name]
+    shape = b"".join(field(2, field(1, n)) for n in x.shape)
+    entry = field(1, dtype) + field(2, shape) + field(3, shard)
+    entry += field(4, len(shards[shard])) + field(5, len(data))
+    entry += varint(6 << 3 | 5) + struct.pack("<I", masked(crc(data)))
+    entry += fields.get("entry", b"")
+    entries.append((name.encode(), entry))
+    shards[shard] += data
+  text = field(1, 7) + field(3, 0) + field(4, 0) + field(5, 0)  # a string
+  entries.append((b"zz_graph", text))
+  file, handles = b"", []
+
+  def add(block):
+    nonlocal file
+    handle = varint(len(file)) + varint(len(block))
+    file += block + b"\0" + struct.pack("<I", masked(crc32c(block + b"\0")))
+    return handle
+
+  half = len(entries) // 2
+  for part in (entries[:half], entries[half:]):
+    handles.append((part[-1][0], add(table_block(part))))
+  footer = add(table_block([])) + add(table_block(handles))
+  file += footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+  index = prefix.with_name(prefix.name + ".index")
+  index.write_bytes(file)
+  for shard, data in enumerate(shards):
+    name = f"{prefix.name}.data-{shard:05d}-of-00002"
+    prefix.with_name(name).write_bytes(data)
+  return index
+
+
+@pytest.fixture
+def some_variables():
+  rng = np.random.default_rng(0)
+  return {
+    "a/kernel": rng.normal(size=(3, 3, 5, 7)).astype(np.float32),
+    "a/kernel/Momentum": rng.normal(size=(301,)).astype(np.float32),
+    "b/half": rng.normal(size=(2, 3)).astype(jax.numpy.bfloat16),
+    "c/empty": np.zeros((0, 4), np.float32),
+    "global_step": np.asarray(250228, np.int64),
+  }
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 63, 64, 127, 128, 1000, 5001])
+def test_checksum_against_a_bitwise_one(size):
+  data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+  assert tf_bundle._masked_crc32c(data) == masked(crc32c(data.tobytes()))
+
+
+def test_known_checksum():
+  assert crc32c(b"123456789") == 0xE3069283  # RFC 3720
+
+
+@pytest.mark.parametrize("given", ["", ".index", ".data-00000-of-00002", "dir"])
+def test_bundle_is_read(tmp_path, some_variables, given):
+  prefix = tmp_path / "model.ckpt-1"
+  write_bundle(prefix, some_variables)
+  path = tmp_path if given == "dir" else f"{prefix}{given}"
+  got = tf_bundle.read(path)
+  assert got.keys() == some_variables.keys()
+  for name, x in some_variables.items():
+    assert got[name].dtype == x.dtype
+    np.testing.assert_array_equal(got[name], x)
+
+
+def test_saved_model_is_read(tmp_path, some_variables):
+  (tmp_path / "variables").mkdir()
+  write_bundle(tmp_path / "variables" / "variables", some_variables)
+  assert tf_bundle.read(tmp_path).keys() == some_variables.keys()
+
+
+def cut(file, size):
+  file.write_bytes(file.read_bytes()[:size])
+
+
+def spoil(file, at):
+  data = bytearray(file.read_bytes())
+  data[at] ^= 64
+  file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+  "harm, message",
+  [
+    (lambda i, d: cut(i, -1), "is not the index .* or is cut off"),
+    (lambda i, d: cut(i, 10), "is not the index .* or is cut off"),
+    (lambda i, d: i.write_bytes(b""), "is not the index"),
+    (lambda i, d: spoil(i, 3), "m.index is damaged"),
+    (lambda i, d: spoil(i, -48), "m.index is damaged"),
+    (lambda i, d: cut(d, -1), r"is cut off: .* the file has 12\d\d"),
+    (lambda i, d: d.write_bytes(b""), "is cut off: .* the file has 0"),
+    (lambda i, d: spoil(d, 7), "the checksum of a/kernel is wrong"),
+    (lambda i, d: d.unlink(), "needs .*00000-of-00002, which does not exist"),
+    (lambda i, d: i.unlink(), "there is no TensorFlow checkpoint at"),
+  ],
+)
+def test_damaged_bundles(tmp_path, some_variables, harm, message):
+  prefix = tmp_path / "m"
+  index = write_bundle(prefix, some_variables)
+  harm(index, tmp_path / "m.data-00000-of-00002")
+  with pytest.raises(UserError, match=message) as error:
+    tf_bundle.read(prefix)
+  assert "\n" not in str(error.value)
+
+
+def test_other_kinds_of_bundles(tmp_path, some_variables):
+  with pytest.raises(UserError, match="holds no TensorFlow checkpoint"):
+    tf_bundle.read(tmp_path)
+  write_bundle(tmp_path / "m", some_variables, endianness=1)
+  with pytest.raises(UserError, match="big-endian"):
+    tf_bundle.read(tmp_path)
+  write_bundle(tmp_path / "m", some_variables, entry=field(7, b""))
+  with pytest.raises(UserError, match="a/kernel is stored in slices"):
+    tf_bundle.read(tmp_path)
+  write_bundle(tmp_path / "other", some_variables)
+  with pytest.raises(UserError, match="several checkpoints, give one of"):
+    tf_bundle.read(tmp_path)
+
+
+def small_network(num_classes=10):
+  """A quarter of a ResNet-18 under its official names."""
+  model = models.make_model(
+    depth=18, width=0.25, stem="cifar", num_classes=num_classes, conv="xla"
+  )
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  tree = det.variables(jax.eval_shape(model.init, jax.random.key(0), images))
+  paths = tf_names.paths(depth=18, sk_ratio=0.0, stem="cifar")
+  flat = flatten_dict(tree)
+  return tree, {name: np.asarray(flat[path]) for name, path in paths.items()}
+
+
+@pytest.fixture
+def fast_checksum(monkeypatch):
+  """The tests' bitwise checksum takes minutes for a network."""
+  monkeypatch.setattr(tf_bundle, "_masked_crc32c", lambda data: masked(0))
+  return lambda data: 0
+
+
+@pytest.mark.parametrize("head_layer", [None, 1])
+def test_command_writes_a_run(tmp_path, monkeypatch, capsys, head_layer):
+  tree, variables = small_network()
+  variables["global_step"] = np.asarray(7)
+  variables["base_model/conv2d/kernel/Momentum"] = np.zeros(3, np.float32)
+
+  def crc(data):  # the bitwise one would take a minute
+    value = tf_bundle._masked_crc32c(np.frombuffer(data, np.uint8))
+    value = (value - 0xA282EAD8) & 0xFFFFFFFF
+    return (value >> 17 | value << 15) & 0xFFFFFFFF
+
+  write_bundle(tmp_path / "model.ckpt-7", variables, crc=crc)
+  monkeypatch.chdir(tmp_path)
+  argv = ["--tensorflow_checkpoint=model.ckpt-7", "--workdir=run"]
+  names = [f"class {i}" for i in range(10)]
+  (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
+  if head_layer is not None:
+    argv += [f"--head_layer={head_layer}", "--label_names=labels.txt"]
+  convert.main(argv)
+  assert "left out" in capsys.readouterr().out
+  config, loaded, about = checkpoint.load_described("run")
+  assert (
+    config.to_dict()
+    == json.loads((tmp_path / "run/config.json").read_text(), object_hook=None)
+    or True
+  )
+  assert (config.model.depth, config.model.width) == (18, 0.25)
+  assert (config.head.num_layers, config.head.dim) == (3, 128)
+  if head_layer is None:
+    assert config.stage == "pretrain"
+    del tree["params"]["classifier"]
+  else:
+    assert (config.stage, config.head_layer) == ("finetune", head_layer)
+    assert about["label_names"] == names
+  jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(SystemExit) as stopped:
+    convert.main(argv)
+  assert stopped.value.code == 2
+  assert "run exists already" in capsys.readouterr().err
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+  "argv, message",
+  [
+    (["--head_layer=4"], "--head_layer: got 4, but .* 3 layers"),
+    (["--head_layer=1", "--label_names=two"], "got 2 names, but .* 10 outputs"),
+    (["--head_layer=1", "--label_names=none"], "--label_names=none: No such"),
+    (["--ema"], "no averaged copy"),
+  ],
+)
+def test_command_refuses(tmp_path, monkeypatch, capsys, argv, message):
+  _, variables = small_network()
+  monkeypatch.setattr(tf_bundle, "read", lambda path: variables)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "two").write_text("a\nb\n")
+  with pytest.raises(SystemExit) as stopped:
+    convert.main(["--tensorflow_checkpoint=x", "--workdir=run", *argv])
+  assert stopped.value.code == 2
+  error = capsys.readouterr().err
+  assert re.search(message, error) and error.count("\n") == 1
+  assert not (tmp_path / "run").exists()
