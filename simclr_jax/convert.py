@@ -188,15 +188,15 @@ def convert(
         "tensorflow_checkpoint": str(tensorflow_checkpoint),
       },
     )
-  more = f" and {len(left_out) - _MAX_NAMED} more" * (
-    len(left_out) > _MAX_NAMED
-  )
   print(
     f"converted {len(named)} variables ({_described(**arch)}, "
-    f"{head['num_layers']} head layers, {num_classes} classes) into {workdir}\n"
-    f"left out {len(left_out)}: {', '.join(left_out[:_MAX_NAMED])}{more}",
-    flush=True,
+    f"{head['num_layers']} head layers, {num_classes} classes) into {workdir}"
   )
+  if left_out:
+    more = len(left_out) - _MAX_NAMED
+    shown = ", ".join(left_out[:_MAX_NAMED])
+    shown += f" and {more} more" if more > 0 else ""
+    print(f"left out {len(left_out)}: {shown}", flush=True)
 
 
 def _config(arch, head, head_layer):

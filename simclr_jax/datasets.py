@@ -17,14 +17,17 @@ import io
 import os
 import re
 import sys
+import tarfile
+import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from tqdm import auto
 
-from simclr_jax import data, sources
+from simclr_jax import sources
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch
 from simclr_jax.data.memory import memory_bytes
@@ -33,6 +36,7 @@ from simclr_jax.data.memory import memory_bytes
 _SHARD_SIZE = 4096
 _CHUNK = 64
 _JPEG_QUALITY = 92
+_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR10_SHA256 = (
   "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 )
@@ -209,7 +213,7 @@ def pack(
 
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
-      f'--name is "{name}"; use lower-case letters, digits and _, and begin '
+      f'--as is "{name}"; use lower-case letters, digits and _, and begin '
       "with a letter."
     )
   folder = Path(output).expanduser() / name / "1.0.0"
@@ -220,7 +224,7 @@ def pack(
   if marker.exists() and marker.read_text() != key:
     raise UserError(
       f"{folder} holds a pack of other images or of another size; give another "
-      "--output or --name, or delete it."
+      "--output or --as, or delete it."
     )
   marker.write_text(key)
   lengths: dict[str, list[int]] = {}
@@ -273,10 +277,10 @@ def _packed(source, indices, canvas_size, *, lossless, on_skip):
         continue
       image, label = found
       ((original, _),) = source.read([i])
-      if not (lossless or _fits(original, image)):
-        original = _encoded(image, "JPEG", quality=_JPEG_QUALITY)
-      elif lossless:
+      if lossless:
         original = _encoded(image, "PNG")
+      elif not _fits(original, image):
+        original = _encoded(image, "JPEG", quality=_JPEG_QUALITY)
       example = tf_example_pb2.Example()
       features = example.features.feature
       features["image"].bytes_list.value.append(original)
@@ -365,13 +369,15 @@ def prepare_cifar10(
   data_dir: str | os.PathLike,
   *,
   archive: str | os.PathLike = "",
+  url: str = _CIFAR10_URL,
   sha256: str = _CIFAR10_SHA256,
 ) -> Path:
   """Prepares CIFAR-10 with TFDS's own builder, without TensorFlow.
 
   Args:
     data_dir: where prepared datasets are.
-    archive: cifar-10-binary.tar.gz; "" downloads it from its authors' site.
+    archive: cifar-10-binary.tar.gz; "" downloads it.
+    url: where from.
     sha256: of the archive, in hexadecimal.
 
   Returns:
@@ -382,40 +388,68 @@ def prepare_cifar10(
   """
   import tensorflow_datasets as tfds
 
-  archive = archive and Path(archive).expanduser().absolute()
-  if archive:
-    try:
-      with open(archive, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-      raise UserError(
-        f"--archive={archive}: cannot be read ({error.strerror})."
-      ) from None
-    if found != sha256:
-      raise UserError(
-        f"--archive={archive} is not the official cifar-10-binary.tar.gz: its "
-        f"SHA-256 is {found}, not {sha256}."
-      )
+  data_dir = Path(data_dir).expanduser().absolute()
+  if archive:  # What is wrong with it is told before anything is written.
+    _verify(Path(archive).expanduser(), sha256)
 
   class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
-    """TFDS encodes pixels with TensorFlow, and files without it."""
+    """TFDS encodes pixels (and opens archives) with TensorFlow alone."""
 
     def _split_generators(self, dl_manager):
-      if archive:
-        dl_manager.download_and_extract = lambda _: dl_manager.extract(archive)
+      dl_manager.download_and_extract = lambda _: temporary
       return super()._split_generators(dl_manager)
 
     def _generate_examples(self, split_prefix, filepaths):
       for key, example in super()._generate_examples(split_prefix, filepaths):
         yield key, dict(example, image=_encoded(example["image"], "PNG"))
 
-  builder = Cifar10(
-    data_dir=str(Path(data_dir).expanduser()), file_format="array_record"
-  )
-  builder.download_and_prepare(
-    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-  )
+  data_dir.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+    if archive:
+      file = Path(archive).expanduser()
+    else:
+      file = Path(temporary, "archive.tar.gz")
+      _download(url, file)
+      _verify(file, sha256)
+    with tarfile.open(file) as tar:
+      tar.extractall(temporary, filter="data")
+    builder = Cifar10(data_dir=str(data_dir), file_format="array_record")
+    builder.download_and_prepare(
+      download_dir=temporary,
+      download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+    )
   return Path(builder.data_dir)
+
+
+def _verify(archive, sha256):
+  try:
+    with open(archive, "rb") as file:
+      found = hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise UserError(f"{archive}: cannot be read ({error.strerror}).") from None
+  if found != sha256:
+    raise UserError(
+      f"{archive} is not the official cifar-10-binary.tar.gz: its SHA-256 is "
+      f"{found}, not {sha256}."
+    )
+
+
+def _download(url, file):
+  try:
+    with urllib.request.urlopen(url, timeout=60) as response:
+      size = int(response.headers.get("Content-Length") or 0) or None
+      with (
+        open(file, "wb") as target,
+        auto.tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
+      ):
+        while part := response.read(1 << 20):
+          target.write(part)
+          bar.update(len(part))
+  except OSError as error:
+    raise UserError(
+      f"{url} cannot be downloaded ({error}); get it in another way and name it "
+      "with --archive."
+    ) from error
 
 
 # -- the command --------------------------------------------------------------

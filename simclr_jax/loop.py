@@ -23,8 +23,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.config import Diverged, UserError
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """What training changes; everything else is a pure function of `step`."""
 
   step: jax.Array

@@ -88,7 +88,8 @@ def batch_norm(
     num_devices = jax.lax.axis_size(axis_name)
     if num_devices % group_size:
       raise UserError(
-        f"bn_group_size: got {group_size}, must divide the {num_devices} devices"
+        f"bn_group_size: got {group_size}, which does not divide the "
+        f"{num_devices} devices"
       )
     groups = np.arange(num_devices).reshape(-1, group_size).tolist()
   is_float64 = jnp.dtype(dtype) == jnp.float64

@@ -16,7 +16,7 @@ from simclr_jax.config import UserError
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
 # tensorflow/core/framework/types.proto; other types (strings) are left out.
-_DTYPES = {
+_DTYPES: dict[int, type] = {
   1: np.float32,
   2: np.float64,
   3: np.int32,
@@ -226,7 +226,7 @@ def read(path) -> dict[str, np.ndarray]:
         f"{file} is cut off: {name} should end at byte {offset + size}, the "
         f"file has {len(shards[shard])}"
       )
-    if _masked_crc32c(data) != entry[6][0]:
+    if _masked_crc32c(data) != entry.get(6, [None])[0]:
       raise UserError(f"{file} is damaged: the checksum of {name} is wrong")
     variables[name] = data.view(dtype).reshape(shape)
   return variables

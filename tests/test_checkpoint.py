@@ -22,7 +22,9 @@ def make_state(step, value=1.0):
   }
 
 
-CONFIG = ml_collections.ConfigDict({"model": {"depth": 18}, "range": (0.1, 1.0)})
+CONFIG = ml_collections.ConfigDict(
+  {"model": {"depth": 18}, "range": (0.1, 1.0)}
+)
 
 
 def write(workdir, *steps):
@@ -93,9 +95,7 @@ def test_merge_takes_all_but_what_is_new():
   old["params"]["classifier"]["bias"] = np.ones(7, np.float32)
   merged = checkpoint.merge(new, old, new=("classifier",), where="run X")
   assert merged["params"]["encoder"] is not new["params"]["encoder"]
-  np.testing.assert_equal(
-    merged["params"]["encoder"], old["params"]["encoder"]
-  )
+  np.testing.assert_equal(merged["params"]["encoder"], old["params"]["encoder"])
   np.testing.assert_equal(
     merged["params"]["classifier"], new["params"]["classifier"]
   )

@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from simclr_jax import checkpoint, convert, models, tf_bundle, tf_names
+from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 
 ARCHS = {
@@ -141,7 +142,7 @@ def test_averaged_copy_slots_and_memory(golden):
   assert got == {name: ("ema", name) for name in network}
   assert set(left_out) == {*others, *names}
   with pytest.raises(UserError, match="no averaged copy"):
-    tf_names.select({name: 0 for name in names}, ema=True)
+    tf_names.select(dict.fromkeys(names, 0), ema=True)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 2])
@@ -355,7 +356,7 @@ def spoil(file, at):
     (lambda i, d: cut(i, 10), "is not the index .* or is cut off"),
     (lambda i, d: i.write_bytes(b""), "is not the index"),
     (lambda i, d: spoil(i, 3), "m.index is damaged"),
-    (lambda i, d: spoil(i, -48), "m.index is damaged"),
+    (lambda i, d: spoil(i, -45), "m.index is damaged"),
     (lambda i, d: cut(d, -1), r"is cut off: .* the file has 12\d\d"),
     (lambda i, d: d.write_bytes(b""), "is cut off: .* the file has 0"),
     (lambda i, d: spoil(d, 7), "the checksum of a/kernel is wrong"),
@@ -398,13 +399,6 @@ def small_network(num_classes=10):
   return tree, {name: np.asarray(flat[path]) for name, path in paths.items()}
 
 
-@pytest.fixture
-def fast_checksum(monkeypatch):
-  """The tests' bitwise checksum takes minutes for a network."""
-  monkeypatch.setattr(tf_bundle, "_masked_crc32c", lambda data: masked(0))
-  return lambda data: 0
-
-
 @pytest.mark.parametrize("head_layer", [None, 1])
 def test_command_writes_a_run(tmp_path, monkeypatch, capsys, head_layer):
   tree, variables = small_network()
@@ -424,13 +418,11 @@ def test_command_writes_a_run(tmp_path, monkeypatch, capsys, head_layer):
   if head_layer is not None:
     argv += [f"--head_layer={head_layer}", "--label_names=labels.txt"]
   convert.main(argv)
-  assert "left out" in capsys.readouterr().out
+  num_left_out = 2 if head_layer is not None else 4
+  assert f"left out {num_left_out}: " in capsys.readouterr().out
   config, loaded, about = checkpoint.load_described("run")
-  assert (
-    config.to_dict()
-    == json.loads((tmp_path / "run/config.json").read_text(), object_hook=None)
-    or True
-  )
+  written = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert written == json.loads(config_lib.to_json(config))
   assert (config.model.depth, config.model.width) == (18, 0.25)
   assert (config.head.num_layers, config.head.dim) == (3, 128)
   if head_layer is None:

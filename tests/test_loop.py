@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     for step, batch in enumerate(batches(start), start):
       yield {"x": batch["x"] * np.float32(np.nan if step == 9 else 1)}
 
-  with pytest.raises(Diverged, match="loss is nan at step 10.*learning_rate"):
+  with pytest.raises(Diverged, match=r"loss is nan at step 10.*learning_rate"):
     train(tmp_path, batches=poisoned)
   with checkpoint.open_manager(tmp_path, keep=2) as manager:
     assert manager.latest_step() == 8
@@ -216,7 +216,9 @@ def test_a_workdir_belongs_to_one_config(tmp_path, capsys):
   assert capsys.readouterr().out == ""
   loop.claim(make_config(num_steps=50), tmp_path)
   assert "warning: num_steps changed" in capsys.readouterr().out
-  with pytest.raises(UserError, match=r"another run: .*config.seed was 3, is 4"):
+  with pytest.raises(
+    UserError, match=r"another run: .*config.seed was 3, is 4"
+  ):
     loop.claim(make_config(seed=4), tmp_path)
 
 

@@ -91,7 +91,7 @@ class Streamed:
       UserError: a damaged image (names it), where `on_error` is "raise".
     """
     n, side = len(indices), self.canvas_size
-    batch = {
+    batch: dict[str, np.ndarray] = {
       "image": np.zeros((n, side, side, self.channels), np.uint8),
       "label": np.full(n, -1, np.int32),
       "size": np.full((n, 2), side, np.int32),
