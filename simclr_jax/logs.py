@@ -21,7 +21,10 @@ class MetricsWriter:
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._remote = "://" in str(workdir)  # object stores cannot append
     self._lines = _lines_until(self._path, start)
-    self._path.write_text("".join(self._lines))
+    # In one piece: a kill leaves the old lines or the new ones.
+    draft = self._path.with_name("metrics.jsonl.draft")
+    draft.write_text("".join(self._lines))
+    draft.replace(self._path)
     self._file = None if self._remote else open(self._path, "a")  # noqa: SIM115
     self._events = None
     if importlib.util.find_spec("tensorboardX"):
@@ -52,11 +55,13 @@ class MetricsWriter:
       self._events.flush()
 
   def close(self) -> None:
-    self.flush()
-    if self._file:
-      self._file.close()
-    if self._events:
-      self._events.close()
+    try:
+      self.flush()
+    finally:  # also where the disk is full
+      if self._file:
+        self._file.close()
+      if self._events:
+        self._events.close()
 
 
 def _lines_until(path, step: int) -> list[str]:

@@ -90,7 +90,9 @@ def claim(config, workdir) -> None:
 
   def write():
     if jax.process_index() == 0:
-      file.write_text(config_lib.to_json(config))
+      draft = workdir / "config.json.draft"
+      draft.write_text(config_lib.to_json(config))
+      draft.replace(file)
       (workdir / ".nonce").unlink()
 
   nonce = parallel.broadcast(secrets.randbelow(2**31))
@@ -233,6 +235,7 @@ def run(
       """Evaluates; returns whether a signal came in between."""
       nonlocal evaluated
       watch.phase("evaluation", step=step)
+      evaluated = None
       try:
         # Other hosts wait in its collectives: there it runs to its end.
         alone = jax.process_count() == 1

@@ -7,6 +7,7 @@ tensorflow/core/protobuf/tensor_bundle.proto and leveldb/doc/table_format.md.
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from simclr_jax.config import UserError
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
 # tensorflow/core/framework/types.proto; other types (strings) are left out.
-_DTYPES: dict[int, type] = {
+_DTYPES: dict[int, Any] = {
   1: np.float32,
   2: np.float64,
   3: np.int32,

@@ -35,14 +35,15 @@ LAYERS = (
       "resnet",
       "signals",
       "sources",
+      "tf_bundle",
       "watchdog",
     },
   ),
-  ("middle", {"cli", "data", "loop", "models", "probes"}),
+  ("middle", {"cli", "data", "loop", "models", "probes", "tf_names"}),
   ("inference", {"predict"}),
   ("assembly", {"build"}),
   ("stages", {"pretrain", "finetune", "distill"}),
-  ("tools", {"convert", "selftest"}),
+  ("tools", {"convert", "datasets"}),
 )
 LAYER_OF = {name: i for i, (_, names) in enumerate(LAYERS) for name in names}
 

@@ -160,6 +160,29 @@ def test_max_pool_against_numpy(padding, side):
   )
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("side", [8, 9])
+def test_resnet_d_shortcut_pools_as_official(strides, side):
+  def untouched(*args, name, **kwargs):
+    return lambda x: x
+
+  x = np.random.default_rng(0).random((1, side, side, 3), np.float32)
+  got = resnet._shortcut(
+    x, 3, strides, resnet_d=True, conv=untouched, norm=untouched
+  )
+  # Stride 2 counts the appended zeros (odd maps), stride 1 leaves them out.
+  padded = np.pad(x[0], ((0, 1), (0, 1), (0, 0)))
+  real = np.pad(np.ones((side, side, 1)), ((0, 1), (0, 1), (0, 0)))
+  out = -(-side // strides)
+  want = np.zeros((out, out, 3))
+  for i in range(out):
+    for j in range(out):
+      window = np.s_[i * strides :, j * strides :]
+      count = 4 if strides == 2 else real[window][:2, :2].sum()
+      want[i, j] = padded[window][:2, :2].sum((0, 1)) / count
+  np.testing.assert_allclose(got[0], want, rtol=1e-5)
+
+
 def gradient(model, variables, images):
   """Loss, gradient and new moving averages of one training step's forward."""
 
