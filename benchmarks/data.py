@@ -255,7 +255,9 @@ _RECORDS = """
 import resource, sys, time
 import numpy as np
 from simclr_jax import sources
-import tensorflow_datasets, tensorflow_datasets.proto.tf_example_pb2
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+tfds.list_builders(with_community_datasets=False)
 scale = 1 if sys.platform == "darwin" else 1024
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 begin = time.perf_counter()

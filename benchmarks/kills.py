@@ -1,179 +1,158 @@
-"""Kills a small run again and again; it must end as if it had been left alone.
+"""Kills a small run again and again; it must end with the bits of one left alone.
 
-  python benchmarks/kills.py --kills=100
+  python benchmarks/kills.py [--kills=100] [--seed=0]
 
-A third of the kills (SIGKILL) hits a save, a third any moment since the start
-of the process, a third the training. Between two of them the same program
-starts again. At the end parameters, optimizer, BatchNorm, metrics.jsonl and
-result.json are compared bit by bit with those of a run that nobody killed;
-timings are left out. The loop, log and checkpoints are the project's, the
-network is one matrix.
+Each life of the run is a forked process with two CPU devices that is ended by
+SIGKILL: two of three at a random time, one of three while a checkpoint is being
+written. A run that is complete is compared with one that was left alone (state,
+metrics.jsonl, result.json but for its times), and the next one begins. Exit code
+1 where anything differs. The run is the toy of tests/test_loop.py.
 """
 
 import argparse
-import itertools
+import hashlib
 import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import test_loop  # noqa: E402
 
 from simclr_jax import loop  # noqa: E402
 
-STEPS_PER_KILL = 60
-STEP_SECONDS = 0.005  # at least, so that kills meet different steps
-TIMINGS = ("images_per_second", "seconds")
+NUM_STEPS = 60
+_TIMES = ("images_per_second", "seconds")
 
 
-def train(workdir: pathlib.Path, num_steps: int, *, sleep: float) -> None:
-  """One life of the run, as a stage would start it."""
+def life(workdir, sleep):
+  """What one process does: the whole command of a run."""
 
   def batches(start):
-    cycle = itertools.cycle(itertools.islice(test_loop.batches(0), 64))
-    for batch in itertools.islice(cycle, start % 64, None):
+    for batch in test_loop.batches(start):
       time.sleep(sleep)
       yield batch
 
-  config = test_loop.make_config(
-    checkpoint_every_steps=7, eval_every_steps=11, num_steps=num_steps
-  )
+  config = test_loop.make_config()
   loop.claim(config, workdir)
-  if loop.finished(workdir, num_steps):
+  if loop.finished(workdir, NUM_STEPS):
     return
   state, metrics = test_loop.train(
-    workdir, num_steps, batches=batches, config=config
+    workdir, NUM_STEPS, batches=batches, config=config
   )
-  leaves = {
-    f"leaf{i}": leaf
-    for i, leaf in enumerate(test_loop.jax.tree.leaves(vars(state)))
-  }
-  np.savez(workdir / "final.npz", **leaves)
-  loop.write_result(workdir, {"num_steps": num_steps} | metrics)
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(state):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  loop.write_result(
+    workdir,
+    dict(metrics, num_steps=NUM_STEPS, state=digest.hexdigest()),
+  )
 
 
-def live(workdir: pathlib.Path, num_steps: int, *, sleep: float) -> int:
-  """Starts a life and returns its process id; JAX must not have begun here."""
-  child = os.fork()
-  if child:
-    return child
+def start(workdir, *, sleep=0.01):
+  """Forks a life; imports are done, so it trains within half a second."""
+  if pid := os.fork():
+    return pid
+  code = 1
   try:
-    with open(workdir.with_suffix(".log"), "a") as log:
-      os.dup2(log.fileno(), 1)
-      os.dup2(log.fileno(), 2)
-      train(workdir, num_steps, sleep=sleep)
-      os._exit(0)
+    with (workdir.parent / "output.txt").open("a") as file:
+      os.dup2(file.fileno(), 1)
+      os.dup2(file.fileno(), 2)
+    life(workdir, sleep)
+    code = 0
   except BaseException:
-    import traceback
-
     traceback.print_exc()
-    os._exit(1)
+  finally:
+    os._exit(code)
 
 
-def wait_for(child: int, happened) -> None:
-  """Waits until `happened()`; an end before it is a fault."""
-  while not happened():
-    pid, status = os.waitpid(child, os.WNOHANG)
-    if pid:
-      sys.exit(f"error: the run ended by itself, status {status}")
+def saving(workdir):
+  return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+
+def kill(pid, workdir, rng, *, during_save):
+  """Returns (the exit code or None where it was killed, killed in a save)."""
+  end = time.monotonic() + (5 if during_save else rng.uniform(0.02, 1.5))
+  while time.monotonic() < end:
     time.sleep(0.001)
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+      return os.waitstatus_to_exitcode(status), False
+    if during_save and saving(workdir):
+      time.sleep(rng.uniform(0, 0.02))
+      break
+  os.kill(pid, signal.SIGKILL)
+  _, status = os.waitpid(pid, 0)
+  code = os.waitstatus_to_exitcode(status)
+  if code != -signal.SIGKILL:  # it was faster
+    return code, False
+  return None, saving(workdir)
 
 
-def saving(workdir: pathlib.Path) -> bool:
-  """Whether a checkpoint is being written."""
-  try:
-    return any("tmp" in p.name for p in (workdir / "checkpoints").iterdir())
-  except FileNotFoundError:
-    return False
-
-
-def trained(workdir: pathlib.Path) -> int:
-  file = workdir / "metrics.jsonl"
-  return file.stat().st_size if file.exists() else 0
-
-
-def kill_once(workdir, num_steps, kind: str, rng: random.Random) -> None:
-  """One life, ended by SIGKILL."""
-  before = trained(workdir)
-  child = live(workdir, num_steps, sleep=STEP_SECONDS)
-  if kind != "any moment":
-    # The restart cuts the file first, then it grows.
-    smallest = [before]
-
-    def grows():
-      smallest[0] = min(smallest[0], trained(workdir))
-      return trained(workdir) > smallest[0]
-
-    wait_for(child, grows)
-  if kind == "save":
-    for _ in range(rng.randint(1, 3)):
-      wait_for(child, lambda: not saving(workdir))
-      wait_for(child, lambda: saving(workdir))
-    time.sleep(rng.uniform(0, 0.01))
-  else:
-    time.sleep(rng.uniform(0, 1.5 if kind == "any moment" else 0.2))
-  os.kill(child, signal.SIGKILL)
-  _, status = os.waitpid(child, 0)
-  if not os.WIFSIGNALED(status):
-    sys.exit(f"error: the run ended before the kill, status {status}")
-
-
-def complete(workdir: pathlib.Path, num_steps: int) -> None:
-  _, status = os.waitpid(live(workdir, num_steps, sleep=0), 0)
-  if status:
-    sys.exit(workdir.with_suffix(".log").read_text()[-3000:])
-
-
-def outcome(workdir: pathlib.Path) -> dict:
-  """Everything that must be the same, by name."""
-  with np.load(workdir / "final.npz") as file:
-    state = {name: file[name].tobytes() for name in file.files}
+def outcome(workdir):
+  """All that a run leaves, but for times."""
   result = json.loads((workdir / "result.json").read_text())
-  for name in TIMINGS:
-    result.pop(name, None)
-  return state | {"metrics": test_loop.lines(workdir), "result": result}
+  rows = (workdir / "metrics.jsonl").read_text().splitlines()
+  kept = [
+    {k: v for k, v in json.loads(row).items() if k not in _TIMES}
+    for row in rows
+  ]
+  return {k: v for k, v in result.items() if k not in _TIMES}, kept
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--kills", type=int, default=100)
   parser.add_argument("--seed", type=int, default=0)
   options = parser.parse_args()
   rng = random.Random(options.seed)
-  num_steps = STEPS_PER_KILL * options.kills
-  folder = pathlib.Path(tempfile.mkdtemp(prefix="simclr_jax_kills_"))
-  kinds = ("save", "any moment", "training")
-  hits = dict.fromkeys(kinds, 0)
-  in_save = 0
-  start = time.monotonic()
-  for i in range(options.kills):
-    kind = kinds[i % 3]
-    kill_once(folder / "killed", num_steps, kind, rng)
-    hits[kind] += 1
-    in_save += saving(folder / "killed")
-  complete(folder / "killed", num_steps)
-  complete(folder / "whole", num_steps)
-  mine, whole = outcome(folder / "killed"), outcome(folder / "whole")
-  differ = [k for k in mine.keys() | whole.keys() if mine.get(k) != whole[k]]
-  print(
-    f"{options.kills} kills ({', '.join(f'{n} {k}' for k, n in hits.items())}; "
-    f"{in_save} left a save half written) of a run of {num_steps} steps in "
-    f"{time.monotonic() - start:.0f} s: "
-    + (f"DIFFERENT in {', '.join(sorted(differ))}" if differ else "identical")
-  )
-  if differ:
-    sys.exit(f"error: see {folder}")
-  shutil.rmtree(folder)
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _, status = os.waitpid(start(folder / "whole", sleep=0), 0)
+    if status:
+      sys.exit((folder / "output.txt").read_text())
+    expected = outcome(folder / "whole")
+    steps = [(row["step"], "eval_top1" in row) for row in expected[1]]
+    if len(set(steps)) != len(steps) or max(steps)[0] != NUM_STEPS:
+      sys.exit(f"the run left alone has the lines {steps}")
+    kills = in_save = runs = lives = 0
+    while kills < options.kills or code is None:
+      workdir = folder / f"run{runs}"
+      lives += 1
+      pid = start(workdir)
+      if kills >= options.kills:  # let the last run end
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        killed_in_save = False
+      else:
+        during_save = lives % 3 == 0
+        code, killed_in_save = kill(pid, workdir, rng, during_save=during_save)
+      if code is None:
+        kills += 1
+        in_save += killed_in_save
+        continue
+      if code:
+        sys.exit((folder / "output.txt").read_text())
+      if outcome(workdir) != expected:
+        sys.exit(f"run {runs} differs: {outcome(workdir)}, not {expected}")
+      runs += 1
+    print(
+      f"{kills} kills, {in_save} of them during a save: all continued, {runs} "
+      "runs ended with the bits and lines of one left alone"
+    )
 
 
 if __name__ == "__main__":

@@ -116,8 +116,11 @@ def test_eval_view_crop_rule():
   )
   small = augment.eval_view(images, size=32)
   close(small, np.asarray(augment.eval_view(images, size=32, crop=1.0)), 0)
-  large = augment.eval_view(images, size=(20, 33))
-  close(large, np.asarray(augment.eval_view(images, size=(20, 33), crop=0.875)))
+  # Wider than the image: rint(0.875 / 1.65 * 48) = 25 rows of 42 pixels.
+  wide = augment.eval_view(images, size=(20, 33))
+  box = jnp.array((8, 3, 25, 42))
+  view = augment.crop_and_resize(images, box, size=(20, 33))
+  close(wide, np.clip(view, 0, 1))
   # The largest box of the result's aspect: 40 x 40 of 40 x 48, in the middle.
   box = jnp.array((0, 4, 40, 40))
   close(small, np.clip(augment.crop_and_resize(images, box, size=32), 0, 1))

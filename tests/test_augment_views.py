@@ -90,7 +90,7 @@ def expected_view(image, box, draw, *, size, options):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
   "options",
-  [{}, {"strength": 0.5, "flip_probability": 1.0, "blur_probability": 1.0}],
+  [{}, {"strength": 0.5, "brightness": 3.0, "blur_probability": 1.0}],
 )
 def test_two_views_equal_numpy_step_by_step(options):
   views = views_of(dtype="float64", **options)

@@ -43,7 +43,7 @@ LAYERS = (
   ("inference", {"predict"}),
   ("assembly", {"build"}),
   ("stages", {"pretrain", "finetune", "distill"}),
-  ("tools", {"convert", "datasets"}),
+  ("tools", {"convert", "datasets", "selftest"}),
 )
 LAYER_OF = {name: i for i, (_, names) in enumerate(LAYERS) for name in names}
 

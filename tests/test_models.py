@@ -87,8 +87,7 @@ def check_inference(golden, names, numbers, arch, *, dtype, head_layer, **case):
     assert_golden(got, want, 1e-6 if dtype == np.float64 else 1e-4)
 
 
-@pytest.mark.parametrize("head_layer", [0, 1])
-def test_r18_inference_float64(golden, x64, head_layer):
+def test_r18_inference_float64(golden, x64):
   check_inference(
     golden,
     "names_r18.json",
@@ -97,7 +96,7 @@ def test_r18_inference_float64(golden, x64, head_layer):
     side=32,
     batch=2,
     dtype=np.float64,
-    head_layer=head_layer,
+    head_layer=0,
   )
 
 
@@ -346,9 +345,8 @@ def test_dtypes(tiny_shapes, dtype, wide):
     assert leaf.dtype == jnp.dtype(wide)
 
 
-@pytest.mark.parametrize("zero", [False, True])
-def test_flax_initial_values(tiny_shapes, zero):
-  model, _, images = tiny_shapes(num_classes=500, zero_init_classifier=zero)
+def test_flax_initial_values(tiny_shapes):
+  model, _, images = tiny_shapes(num_classes=500)
 
   @jax.jit  # XLA drops what is not returned
   def init(key):
@@ -356,10 +354,17 @@ def test_flax_initial_values(tiny_shapes, zero):
     return params["projection_head"]["dense_1"], params["classifier"]
 
   dense, classifier = init(jax.random.key(0))
-  std = np.std(classifier["kernel"])
-  assert std == 0 if zero else std == pytest.approx(0.01, rel=0.02)
+  assert np.std(classifier["kernel"]) == pytest.approx(0.01, rel=0.02)
   assert not classifier["bias"].any()
   assert np.std(dense["kernel"]) == pytest.approx(0.01, rel=0.05)
+
+
+def test_zero_initial_classifier(tiny_shapes):
+  model, _, images = tiny_shapes(num_classes=5, zero_init_classifier=True)
+  classifier = jax.jit(
+    lambda key: model.init(key, jnp.zeros(images.shape))["params"]["classifier"]
+  )(jax.random.key(0))
+  assert not classifier["kernel"].any() and not classifier["bias"].any()
 
 
 @pytest.mark.parametrize(
@@ -533,12 +538,12 @@ def test_convolutions_agree(tiny_shapes, x64):
   jax.tree.map(close, *got)
 
 
-def bfloat16_and_float32(transform):
+def bfloat16_and_float32(transform, *, num):
   """A step's loss from random weights, transformed, in both precisions."""
-  images = np.random.default_rng(0).random((8, 4, 4, 3), np.float32)
+  images = np.random.default_rng(0).random((num, 4, 4, 3), np.float32)
   images = images.repeat(4, 1).repeat(4, 2)
   noise = np.random.default_rng(1).normal(size=(2, *images.shape)) * 0.1
-  views = np.clip(images + noise, 0, 1).reshape(16, 16, 16, 3)
+  views = np.clip(images + noise, 0, 1).reshape(2 * num, 16, 16, 3)
   views = views.astype(np.float32)
   for dtype in (jnp.bfloat16, jnp.float32):
     model = models.make_model(
@@ -560,7 +565,7 @@ def bfloat16_and_float32(transform):
 
 
 def test_bfloat16_loss_is_near_float32():
-  low, full = bfloat16_and_float32(lambda loss: loss)
+  low, full = bfloat16_and_float32(lambda loss: loss, num=8)
   assert 0 < abs(low - full) < 0.01 * full
 
 
@@ -568,7 +573,7 @@ def test_bfloat16_loss_is_near_float32():
 def test_bfloat16_gradient_is_near_float32():
   low, full = (
     np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
-    for grads in bfloat16_and_float32(jax.grad)
+    for grads in bfloat16_and_float32(jax.grad, num=64)
   )
   assert low @ full / np.linalg.norm(low) / np.linalg.norm(full) > 0.99
 

@@ -1,10 +1,16 @@
-"""Placement on devices: 8 fake ones here (conftest.py)."""
+"""Placement on devices: 8 fake ones here (conftest.py); finding other hosts."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import test_steps
 
 from simclr_jax import parallel
+from simclr_jax.config import UserError
 
 
 def test_rows_keep_their_place_in_the_global_batch():
@@ -63,3 +69,135 @@ def test_a_second_step_compiles_nothing():
     state = mapped(state, parallel.shard(np.ones((16, 2))), key)
   assert len(traces) == 1
   assert int(parallel.unreplicate(state)["step"]) == 3
+
+
+# -- collectives --------------------------------------------------------------
+
+_NAMES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(text):
+  """Of a compiled program: [(name, shapes of its results)]."""
+  found = re.findall(rf"= (.*?) ({_NAMES})(?:-start)?\(", text)
+  return [
+    (
+      name,
+      [
+        tuple(int(n) for n in dims.split(",") if n)
+        for dims in re.findall(r"\w\d+\[([\d,]*)\]", result)
+      ],
+    )
+    for result, name in found
+  ]
+
+
+def test_collectives_of_a_pretraining_step(x64):
+  """docs/scaling.md is derived from these."""
+  state = test_steps.initial(test_steps.network(head_layer=0, probe=True))
+  batch = test_steps.make_batch()
+  text = (
+    parallel.pmap(test_steps.pretrain_step())
+    .lower(
+      parallel.replicate(jax.tree.map(np.asarray, state)),
+      parallel.shard(batch),
+      parallel.replicate(jax.random.key(0)),
+    )
+    .compile()
+    .as_text()
+  )
+  found = collectives(text)
+  sizes = {name: [] for name, _ in found}
+  for name, shapes in found:
+    sizes[name].append(sum(map(math.prod, shapes)))
+  z = 2 * test_steps.BATCH * 8  # two views, 8 features
+  assert sizes.pop("all-gather") == [z]
+  assert sizes.pop("reduce-scatter") == [z // 8]
+  (reductions,) = sizes.values()  # and no other kind
+  num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  moments = [x.size for x in jax.tree.leaves(state.batch_stats)]
+  # BatchNorm sends two moments of each channel forward and two back; XLA may
+  # put the reduction of gradients into one with theirs, or split it.
+  expected = num_parameters + 2 * sum(moments)
+  assert expected <= sum(reductions) <= expected + 20  # scalars: the metrics
+  assert len(reductions) <= 1 + len(moments)
+
+
+# -- clusters -----------------------------------------------------------------
+
+EXPLICIT = {
+  "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
+  "JAX_NUM_PROCESSES": "4",
+  "JAX_PROCESS_ID": "3",
+}
+SLURM = {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "node[1-2]",
+  "SLURM_NTASKS": "2",
+  "SLURM_PROCID": "1",
+  "SLURM_LOCALID": "0",
+}
+KUBERNETES = {
+  "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+  "JOB_COMPLETION_INDEX": "0",
+}
+
+
+@pytest.mark.parametrize(
+  "environ, options",
+  [
+    ({}, None),
+    (EXPLICIT | {"JAX_NUM_PROCESSES": "1"}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # sbatch, not srun
+    (SLURM | {"SLURM_NTASKS": "1"}, None),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    (KUBERNETES | {"JAX_NUM_PROCESSES": "1"}, None),
+    (SLURM, {}),
+    ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, {}),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a"}, {}),
+    (
+      EXPLICIT | SLURM,
+      {
+        "coordinator_address": "10.0.0.1:1234",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+      },
+    ),
+  ],
+)
+def test_clusters_are_found_and_only_they(environ, options, monkeypatch):
+  called = []
+  monkeypatch.setattr(parallel, "_announce_death", lambda: None)
+  updates = []
+  monkeypatch.setattr(jax.config, "update", lambda *args: updates.append(args))
+  found = parallel.initialize(environ, start=lambda **kw: called.append(kw))
+  assert found is (options is not None)
+  limits = {
+    "initialization_timeout": 300,
+    "heartbeat_timeout_seconds": 100,
+  }
+  assert called == ([] if options is None else [limits | options])
+  assert bool(updates) is found
+
+
+@pytest.mark.parametrize(
+  "environ, message",
+  [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+    (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "from 0 to JAX_NUM_PROCESSES - 1"),
+    (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "they are '3', 'two'"),
+    (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "host"}, "host:port"),
+    ({"PMI_SIZE": "2"}, "MPI launcher .* package mpi4py"),
+    (KUBERNETES, "Kubernetes Job, .* package kubernetes"),
+  ],
+)
+def test_a_cluster_that_cannot_be_joined(environ, message, monkeypatch):
+  find_spec = parallel.importlib.util.find_spec
+  monkeypatch.setattr(
+    parallel.importlib.util,
+    "find_spec",
+    lambda name: None if name in ("mpi4py", "kubernetes") else find_spec(name),
+  )
+  with pytest.raises(UserError, match=message):
+    parallel.initialize(environ, start=None)

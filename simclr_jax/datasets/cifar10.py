@@ -44,7 +44,7 @@ def prepare_cifar10(
   if archive:  # What is wrong with it is told before anything is written.
     _verify(Path(archive).expanduser(), sha256)
 
-  class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
+  class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):  # type: ignore
     """TFDS encodes pixels (and opens archives) with TensorFlow alone."""
 
     def _split_generators(self, dl_manager):
