@@ -1,12 +1,12 @@
-"""Kills a small run again and again; it must end with the bits of one left alone.
+"""Kills a small run again and again; it must end as one left alone does.
 
   python benchmarks/kills.py [--kills=100] [--seed=0]
 
 Each life of the run is a forked process with two CPU devices that is ended by
 SIGKILL: two of three at a random time, one of three while a checkpoint is being
 written. A run that is complete is compared with one that was left alone (state,
-metrics.jsonl, result.json but for its times), and the next one begins. Exit code
-1 where anything differs. The run is the toy of tests/test_loop.py.
+metrics.jsonl, result.json but for its times), and the next one begins. Exit
+code 1 where anything differs. The run is the toy of tests/test_loop.py.
 """
 
 import argparse
@@ -130,6 +130,7 @@ def main():
     if len(set(steps)) != len(steps) or max(steps)[0] != NUM_STEPS:
       sys.exit(f"the run left alone has the lines {steps}")
     kills = in_save = runs = lives = 0
+    code = None
     while kills < options.kills or code is None:
       workdir = folder / f"run{runs}"
       lives += 1
