@@ -14,7 +14,7 @@
 # Process 0 prints as usual, the others with their number in front. SIGTERM and
 # Ctrl-C go to all of them: they save and leave. The exit code is that of the
 # first process that failed, 0 where none did; the others of a process that
-# died follow it within 100 seconds.
+# died follow it within 100 seconds. Needs bash 5.1.
 set -uo pipefail
 processes=2
 devices=2
