@@ -77,19 +77,25 @@ def start(workdir, *, sleep=0.01):
     os._exit(code)
 
 
-def saving(workdir):
-  return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+def half_written(workdir):
+  """Names of the checkpoints that are not complete."""
+  names = (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")
+  return {path.name for path in names}
 
 
 def kill(pid, workdir, rng, *, during_save):
   """Returns (the exit code or None where it was killed, killed in a save)."""
+  # What an earlier kill left, until the new life has cleaned it up.
+  stale = half_written(workdir)
   end = time.monotonic() + (5 if during_save else rng.uniform(0.02, 1.5))
   while time.monotonic() < end:
     time.sleep(0.001)
     done, status = os.waitpid(pid, os.WNOHANG)
     if done:
       return os.waitstatus_to_exitcode(status), False
-    if during_save and saving(workdir):
+    names = half_written(workdir)
+    stale &= names
+    if during_save and names - stale:
       time.sleep(rng.uniform(0, 0.02))
       break
   os.kill(pid, signal.SIGKILL)
@@ -97,7 +103,7 @@ def kill(pid, workdir, rng, *, during_save):
   code = os.waitstatus_to_exitcode(status)
   if code != -signal.SIGKILL:  # it was faster
     return code, False
-  return None, saving(workdir)
+  return None, bool(half_written(workdir) - stale)
 
 
 def outcome(workdir):

@@ -80,7 +80,7 @@ ready() { # makes the slice and installs the package, unless that is done
     tpu create "$name" "${options[@]}" --accelerator-type="$type" \
       --version="$version" ${create[@]+"${create[@]}"} || return
   fi
-  tpu scp --recurse "$source" "$name:simclr_jax" "${options[@]}" \
+  tpu scp --recurse "$source" "$name:" "${options[@]}" \
     --worker=all || return
   on_all "python3 -m venv .venv && .venv/bin/pip install -q './simclr_jax[tpu]'" ||
     return
@@ -88,8 +88,10 @@ ready() { # makes the slice and installs the package, unless that is done
 }
 
 # Only what is needed: runs and environments of the checkout stay here.
-source="$(mktemp -d)"
-trap 'rm -rf "$source"' EXIT
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+source="$folder/simclr_jax"
+mkdir "$source"
 for part in pyproject.toml README.md LICENSE simclr_jax configs; do
   [ -e "$root/$part" ] && cp -R "$root/$part" "$source/"
 done

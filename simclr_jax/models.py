@@ -225,7 +225,7 @@ def make_model(
 
 
 def init(model: SimCLR, key, images) -> dict:
-  """Random variables as NumPy arrays: the law of `model.init`, in a second.
+  """Random variables as NumPy arrays: the law of `model.init`, no compiling.
 
   XLA takes more than a second on two CPU cores to compile one random draw, and
   `model.init` has one for each of 25 to 260 kernels, so these are drawn by

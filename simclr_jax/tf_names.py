@@ -25,7 +25,7 @@ _EMA = "ema_model/"
 _OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
 # Optimizer slots, counters, the memory bank of the paper's runs, TF2's graph.
 _NOT_THE_NETWORK = (
-  r"/Momentum$|\.OPTIMIZER_SLOT|(^|/)optimizer/|(^|/)memory(_\w+)?(/|$)"
+  r"/(Momentum|Adam(_1)?)$|^beta\d_power$|\.OPTIMIZER_SLOT|(^|/)optimizer/|(^|/)memory(_\w+)?(/|$)"
   r"|^global_step|^save_counter|^_CHECKPOINTABLE_OBJECT_GRAPH$"
 )
 # Where object paths would not sort into the order of construction.

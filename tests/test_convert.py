@@ -130,7 +130,8 @@ def test_averaged_copy_slots_and_memory(golden):
   network = [n for n in names if not n.startswith("head_supervised")]
   variables |= {f"ema_model/{name}": ("ema", name) for name in network}
   slots = [f"{name}/Momentum" for name in names if "moving" not in name]
-  others = [*slots, "global_step", "memory", "memory_pointer"]
+  others = [*slots, "global_step", "memory", "memory_pointer", "beta1_power"]
+  others += ["base_model/conv2d/kernel/Adam_1"]
   variables |= dict.fromkeys(others)
   got, left_out = tf_names.select(variables)
   assert got == {name: ("last", name) for name in names}

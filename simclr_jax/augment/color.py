@@ -49,15 +49,13 @@ def hue(planes, delta):
   red, green, blue = planes
   high, low = _extremes(planes)
   spread = high - low
-  inverse = 1 / jnp.maximum(spread, TINY)
-  angle = jnp.where(
+  unit = jnp.maximum(spread, TINY)  # a sixth of a turn
+  away = jnp.where(
     red == high,
-    (green - blue) * inverse,
-    jnp.where(
-      green == high, 2 + (blue - red) * inverse, 4 + (red - green) * inverse
-    ),
-  )  # in sixths of a turn
-  angle = angle + 6 * delta
+    green - blue,
+    jnp.where(green == high, blue - red + 2 * unit, red - green + 4 * unit),
+  )
+  angle = away / unit + 6 * delta
 
   def channel(peak):  # full within 1 of its peak, none beyond 2
     away = angle - peak

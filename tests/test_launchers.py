@@ -1,0 +1,223 @@
+"""Scripts for clusters, with programs that only pretend to be one."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+LAUNCH = pathlib.Path(__file__).resolve().parents[1] / "launch"
+
+# Writes down what it is asked; answers `describe` with the next line of the
+# file "states" and `ssh` of the command with the next exit code of "codes".
+GCLOUD = """#!/bin/bash
+echo "$*" >>"$LOG/calls"
+next() { head -1 "$LOG/$1"; sed -i 1d "$LOG/$1"; }
+case "$*" in
+*describe*) next states ;;
+*"pip install"*) ;;
+*ssh*) exit "$(next codes)" ;;
+esac
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+  (tmp_path / "bin").mkdir()
+
+  def run(script, *args, wait=True, **programs):
+    for name, text in programs.items():
+      (tmp_path / "bin" / name).write_text(text)
+      (tmp_path / "bin" / name).chmod(0o755)
+    process = subprocess.Popen(
+      ["bash", LAUNCH / script, *args],
+      env={
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "LOG": str(tmp_path),
+        "RETRY_SECONDS": "0",
+        "SLURM_JOB_ID": "77",
+      },
+      cwd=tmp_path,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    if not wait:
+      return process
+    out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
+
+  return run
+
+
+def calls(tmp_path):
+  lines = (tmp_path / "calls").read_text().splitlines()
+  return [
+    "install"
+    if "pip install" in line
+    else "train"
+    if " ssh " in line
+    else line.split()[3]
+    for line in lines
+  ]
+
+
+POD = ("--name=pod", "--zone=here", "--type=v4-32")
+
+
+def test_tpu_pod_prints_its_commands(start, tmp_path):
+  code, out, _ = start(
+    "tpu_pod.sh", "--dry-run", *POD, "--spot", "--", "run", "a b", gcloud=GCLOUD
+  )
+  assert code == 0
+  assert not (tmp_path / "calls").exists()
+  create, scp, install, train, delete = out.splitlines()
+  prefix = "gcloud compute tpus tpu-vm "
+  assert create == (
+    f"{prefix}create pod --zone=here --accelerator-type=v4-32 "
+    "--version=tpu-ubuntu2204-base --spot"
+  )
+  assert scp.startswith(f"{prefix}scp --recurse")
+  assert scp.endswith(" pod: --zone=here --worker=all")
+  assert "pip" in install
+  assert train.startswith(f"{prefix}ssh pod --zone=here --worker=all --command=")
+  assert delete == f"{prefix}delete pod --zone=here --quiet"
+
+
+@pytest.mark.parametrize(
+  "codes, states, code, expected",
+  [
+    # states: two looks before a start, one after a failure, one to see whether
+    # the slice is still prepared.
+    ("0", "\n\n", 0, "create scp install train delete"),
+    ("2", "\n\n", 2, "create scp install train delete"),
+    ("1", "\n\nREADY", 1, "create scp install train delete"),
+    (
+      "143\n0",
+      "\n\nREADY\nREADY",
+      0,
+      "create scp install train train delete",
+    ),
+    (
+      "1\n0",
+      "\n\nPREEMPTED\nPREEMPTED\nPREEMPTED\n\n",
+      0,
+      "create scp install train delete create scp install train delete",
+    ),
+  ],
+  ids=["done", "mistake", "fault", "stopped", "preempted"],
+)
+def test_tpu_pod_starts_again(start, tmp_path, codes, states, code, expected):
+  (tmp_path / "codes").write_text(f"{codes}\n")
+  (tmp_path / "states").write_text(f"{states}\n")
+  got, _, error = start("tpu_pod.sh", *POD, "--", "train", gcloud=GCLOUD)
+  assert got == code, error
+  assert [c for c in calls(tmp_path) if c != "describe"] == expected.split()
+
+
+SRUN = """#!/bin/bash
+trap 'sleep 0.3; exit 143' TERM
+echo "srun $* $XLA_FLAGS"
+touch "$LOG/started"
+[ -z "$(cat "$LOG/code")" ] && while :; do sleep 0.1; done
+exit "$(cat "$LOG/code")"
+"""
+SCONTROL = '#!/bin/bash\necho "scontrol $*"\n'
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 143])
+def test_slurm_requeues_what_was_stopped(start, tmp_path, code):
+  (tmp_path / "code").write_text(str(code))
+  got, out, error = start(
+    "slurm.sbatch", "train", "--x", srun=SRUN, scontrol=SCONTROL
+  )
+  assert got == code, error
+  assert "srun --kill-on-bad-exit=0 --label train --x" in out
+  assert ("scontrol requeue 77" in out) is (code == 143)
+
+
+def test_slurm_waits_for_the_save_after_a_signal(start, tmp_path):
+  (tmp_path / "code").write_text("")
+  process = start(
+    "slurm.sbatch", "train", wait=False, srun=SRUN, scontrol=SCONTROL
+  )
+  end = time.monotonic() + 30
+  while not (tmp_path / "started").exists():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+  # To the shell first, as with scancel --batch, then to the task.
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.5)
+  assert process.poll() is None
+  children = f"/proc/{process.pid}/task/{process.pid}/children"
+  child = int(pathlib.Path(children).read_text().split()[0])
+  os.kill(child, signal.SIGTERM)
+  out, _ = process.communicate(timeout=30)
+  assert process.returncode == 143
+  assert "scontrol requeue 77" in out
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "slurm.sbatch"])
+def test_without_a_command(start, script):
+  code, _, error = start(script)
+  assert code == 2
+  assert error.startswith("usage: ")
+
+
+def test_the_job_of_kubernetes_is_consistent():
+  text = (LAUNCH / "kubernetes.yaml").read_text()
+  service, job = yaml.safe_load_all(text)
+  name, spec = job["metadata"]["name"], job["spec"]
+  pod = spec["template"]["spec"]
+  (container,) = pod["containers"]
+  env = {e["name"]: e for e in container["env"]}
+  host, port = env["JAX_COORDINATOR_ADDRESS"]["value"].split(":")
+  assert host == f"{name}-0.{pod['subdomain']}"
+  assert int(port) == container["ports"][0]["containerPort"]
+  assert pod["subdomain"] == service["metadata"]["name"]
+  assert service["spec"]["selector"] == {"job-name": name}
+  count = int(env["JAX_NUM_PROCESSES"]["value"])
+  assert spec["parallelism"] == spec["completions"] == count
+  assert spec["completionMode"] == "Indexed"
+  for rule in spec["podFailurePolicy"]["rules"]:
+    if "onExitCodes" in rule:
+      assert rule["onExitCodes"]["containerName"] == container["name"]
+  mounts = {m["name"] for m in container["volumeMounts"]}
+  assert mounts == {v["name"] for v in pod["volumes"]}
+
+
+def test_multiprocess_numbers_its_processes(start):
+  code, out, _ = start(
+    "multiprocess.sh",
+    "--processes=3",
+    "--devices=4",
+    "bash",
+    "-c",
+    "echo $JAX_PROCESS_ID/$JAX_NUM_PROCESSES $JAX_PLATFORMS $XLA_FLAGS; "
+    "exit $((5 * JAX_PROCESS_ID))",
+  )
+  flags = "cpu --xla_force_host_platform_device_count=4"
+  assert sorted(out.splitlines()) == [
+    f"0/3 {flags}",
+    f"[1] 1/3 {flags}",
+    f"[2] 2/3 {flags}",
+  ]
+  assert code in (5, 10)
+
+
+def test_multiprocess_passes_the_signal_on(start):
+  process = start(
+    "multiprocess.sh",
+    "bash",
+    "-c",
+    "trap 'exit 143' TERM; echo up; while :; do sleep 0.1; done",
+    wait=False,
+  )
+  for _ in range(2):
+    assert process.stdout.readline().endswith("up\n")
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=30)
+  assert process.returncode == 143
