@@ -40,8 +40,8 @@ LAYERS = (
     },
   ),
   ("middle", {"cli", "data", "loop", "models", "probes", "tf_names"}),
-  ("inference", {"predict"}),
-  ("assembly", {"build"}),
+  ("inference", {"predict", "report"}),
+  ("assembly", {"build", "snapshots"}),
   ("stages", {"pretrain", "finetune", "distill"}),
   ("tools", {"convert", "datasets", "selftest"}),
 )

@@ -1,0 +1,39 @@
+"""The command line; see `simclr_jax.report`."""
+
+import argparse
+import sys
+
+from simclr_jax import report
+from simclr_jax.config import UserError
+
+
+def main(argv=None) -> None:
+  """Runs the command line; a UserError is one line and exit code 2."""
+  parser = argparse.ArgumentParser(
+    prog="python -m simclr_jax.report",
+    description=report.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--workdir",
+    action="append",
+    required=True,
+    help="a run's directory, which gets the page; more of them are shown "
+    "beside the first one",
+  )
+  first, *others = parser.parse_args(argv).workdir
+  try:
+    try:
+      print(report.write(first, beside=others))
+    except OSError as error:
+      raise UserError(
+        f"--workdir: {first}/report.html cannot be written: "
+        f"{error.strerror or error}."
+      ) from None
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,175 @@
+"""What a run has left in its directory, and the runs it came from."""
+
+import dataclasses
+import io
+import json
+import zipfile
+
+import numpy as np
+from etils import epath
+
+from simclr_jax import cli
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+SAMPLES = "report.npz"
+
+
+class Missing(Exception):
+  """A section cannot be shown; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The files of a run; what could not be read is empty, `missing` says why.
+
+  Attributes:
+    workdir: its directory.
+    config: flat, "optim.name" -> value.
+    metrics: name -> (steps, values), from metrics.jsonl.
+    result: of result.json.
+    samples: of report.npz; see `snapshots.take`.
+    missing: file name -> reason.
+  """
+
+  workdir: epath.Path
+  config: dict
+  metrics: dict[str, tuple[np.ndarray, np.ndarray]]
+  result: dict
+  samples: dict[str, np.ndarray]
+  missing: dict[str, str]
+
+  @property
+  def name(self) -> str:
+    """The last part of the directory."""
+    return self.workdir.name
+
+  @property
+  def label_names(self) -> list[str]:
+    """Class names; empty where they are not known."""
+    return [str(name) for name in self.samples.get("label_names", ())]
+
+  def need(self, *names: str) -> list[np.ndarray]:
+    """Arrays of report.npz; raises Missing where one is not there."""
+    for name in names:
+      if name not in self.samples:
+        why = self.missing.get(SAMPLES, f"{SAMPLES} has no {name}.")
+        raise Missing(why)
+    return [self.samples[name] for name in names]
+
+
+def read(workdir) -> Run:
+  """Reads a run's directory.
+
+  Raises:
+    UserError: there is no such directory, or no config.json in it.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  file = workdir / "config.json"
+  if not workdir.is_dir():
+    raise UserError(f"--workdir: there is no directory {workdir}.")
+  if not file.exists():
+    raise UserError(
+      f"--workdir: {workdir} is not a run's directory: it has no config.json. "
+      "Give the --workdir of a pretrain, finetune or distill command."
+    )
+  try:
+    config = config_lib.flat(json.loads(file.read_text()))
+  except (ValueError, AttributeError) as error:
+    raise UserError(f"--workdir: {file} is damaged: {error}.") from None
+  missing: dict[str, str] = {}
+
+  def content(name, parse, empty):
+    file = workdir / name
+    if not file.exists():
+      missing[name] = (
+        f"There is no {name}: it is written when a stage ends"
+        f"{' with config.report on' if name == SAMPLES else ''}."
+      )
+      return empty
+    try:
+      return parse(file)
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+      missing[name] = f"{name} cannot be read: {error}."
+      return empty
+
+  return Run(
+    workdir=workdir,
+    config=config,
+    metrics=content("metrics.jsonl", _metrics, {}),
+    result=content("result.json", _json, {}),
+    samples=content(SAMPLES, _arrays, {}),
+    missing=missing,
+  )
+
+
+def _json(file) -> dict:
+  return dict(json.loads(file.read_text()))
+
+
+def _arrays(file) -> dict:
+  with np.load(io.BytesIO(file.read_bytes())) as arrays:
+    return dict(arrays)
+
+
+def _metrics(file) -> dict:
+  series: dict[str, list] = {}
+  for line in file.read_text().splitlines():
+    try:
+      values = json.loads(line)
+      step = values.pop("step")
+    except (ValueError, KeyError, AttributeError):
+      continue  # torn by a kill
+    for name, value in values.items():
+      if isinstance(value, int | float):
+        series.setdefault(name, []).append((step, value))
+  return {
+    name: tuple(np.array(points, float).T) for name, points in series.items()
+  }
+
+
+def chain(run: Run) -> tuple[list[Run], str]:
+  """The run and those it came from, the first one first.
+
+  Returns:
+    (runs, note): the note says which directory was not found, or is "".
+  """
+  runs, note = [run], ""
+  while source := run.config.get("teacher") or run.config.get("pretrained"):
+    # Beside this one, where all of them were moved together.
+    places = (epath.Path(source), run.workdir.parent / epath.Path(source).name)
+    found = [p for p in places if (p / "config.json").exists()]
+    if not found:
+      note = f"{run.name} came from {source}, which is not there any more."
+      break
+    try:
+      run = read(found[0])
+    except UserError as error:
+      note = str(error)
+      break
+    if any(run.workdir == other.workdir for other in runs):
+      break
+    runs.insert(0, run)
+  return runs, note
+
+
+def differences(run: Run) -> list[tuple[str, str, str]]:
+  """(field, value in the recipe, value in the run) where they differ."""
+  name, stage = run.config.get("recipe", ""), run.config.get("stage", "")
+  try:
+    recipe = cli.load_recipe(name, stage=stage)
+  except (UserError, IndexError, OSError) as error:
+    reason = error if isinstance(error, UserError) else "no such stage"
+    raise Missing(
+      f"The recipe {name} of {stage} is not here: {reason}"
+    ) from None
+  expected = config_lib.flat(json.loads(config_lib.to_json(recipe)))
+  return [
+    (field, *(_text(values.get(field)) for values in (expected, run.config)))
+    for field in sorted(expected.keys() | run.config.keys())
+    if expected.get(field) != run.config.get(field)
+  ]
+
+
+def _text(value) -> str:
+  return "–" if value is None else json.dumps(value)
