@@ -9,6 +9,7 @@ twice.
 import atexit
 import collections
 import contextlib
+import functools
 import glob
 import importlib.util
 import itertools
@@ -253,6 +254,7 @@ def pmap(fn, *, donate_argnums=()):
   return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
 
 
+@functools.cache
 def _sharding() -> NamedSharding:
   mesh = Mesh(np.asarray(jax.local_devices()), (AXIS,))
   return NamedSharding(mesh, PartitionSpec(AXIS))
@@ -287,13 +289,11 @@ def shard(batch):
   """Puts a host's batch on its devices: [n * d, ...] becomes [d, n, ...]."""
   devices = jax.local_device_count()
 
-  def put(x):
+  def split(x):
     x = np.asarray(x)
-    return jax.device_put(
-      x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), _sharding()
-    )
+    return x.reshape(devices, x.shape[0] // devices, *x.shape[1:])
 
-  return jax.tree.map(put, batch)
+  return jax.device_put(jax.tree.map(split, batch), _sharding())
 
 
 def prefetch(batches: Iterable, *, size: int = 2) -> Iterator:
