@@ -1,0 +1,110 @@
+"""The command python -m simclr_jax.sweep."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simclr_jax import cli, sweep
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+from simclr_jax.sweep.grid import METHODS, SIZES, Cell, check_cells, make_cells
+from simclr_jax.sweep.results import write_results
+from simclr_jax.sweep.running import STAGES, run_cells
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command; returns its exit code."""
+  try:
+    return _main(argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _main(argv) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m simclr_jax.sweep",
+    description=sweep.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--recipe", default="digits")
+  parser.add_argument("--workdir", type=Path, required=True)
+  parser.add_argument("--sizes", help="DEPTHxWIDTH, from small to big")
+  parser.add_argument("--labels", default="1,10,100", help="percentages")
+  parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--methods", default=",".join(METHODS))
+  parser.add_argument("--task", default="", help="I/N: part I of N, from 0")
+  args, rest = parser.parse_known_args(argv)
+  sizes = args.sizes or SIZES.get(args.recipe.partition(",")[0])
+  if not sizes:
+    raise UserError(
+      f'--sizes is missing; recipe "{args.recipe}" has no default'
+      f"{config_lib.nearest(args.recipe, list(SIZES))}"
+    )
+  methods = args.methods.split(",")
+  for method in methods:
+    if method not in METHODS:
+      raise UserError(
+        f'--methods: "{method}" is unknown'
+        f"{config_lib.nearest(method, list(METHODS))} There are: "
+        f"{', '.join(METHODS)}."
+      )
+  workdir = args.workdir.expanduser().absolute()
+  cells = make_cells(
+    recipe=args.recipe,
+    sizes=sizes.split(","),
+    percents=_numbers("labels", args.labels, float),
+    seeds=_numbers("seeds", args.seeds, int),
+    methods=methods,
+    fields=[_parse_field(flag) for flag in rest],
+  )
+  mine = _part(cells, args.task)
+  check_cells(cells, workdir)
+  os.environ["JAX_NUM_PROCESSES"] = "1"  # processes share cells, not a run
+  cli.setup()
+  try:
+    failed = run_cells(mine, workdir, locks=not args.task)
+  finally:
+    write_results(cells, workdir)
+  for name in failed:
+    print(f"failed: {name}, see {workdir / name}/error.txt", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _numbers(name: str, text: str, kind) -> list:
+  try:
+    return [kind(part) for part in text.split(",")]
+  except ValueError:
+    raise UserError(
+      f"--{name}: numbers with commas between them, got {text!r}."
+    ) from None
+
+
+def _parse_field(flag: str) -> tuple[str, str]:
+  """--pretrain.num_steps=3 -> ("pretrain", "num_steps=3")."""
+  scope, dot, field = flag.removeprefix("--").partition(".")
+  if not flag.startswith("--") or scope not in (*STAGES, "config") or not dot:
+    raise UserError(
+      f"unknown flag {flag}; a field is set by --config.FIELD=VALUE, in one "
+      f"stage by {', '.join(f'--{stage}.FIELD=VALUE' for stage in STAGES)}."
+    )
+  return scope, field
+
+
+def _part(cells: Sequence[Cell], task: str) -> Sequence[Cell]:
+  """The cells of part I of I/N: whole chains of a size and a seed."""
+  if not task:
+    return cells
+  index, _, count = task.partition("/")
+  if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    raise UserError(f'--task: I/N with I from 0 to N - 1, got "{task}".')
+  chains = list(dict.fromkeys((cell.size, cell.seed) for cell in cells))
+  mine = chains[int(index) :: int(count)]
+  return [cell for cell in cells if (cell.size, cell.seed) in mine]
+
+
+if __name__ == "__main__":
+  sys.exit(main())
