@@ -30,10 +30,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import test_loop  # noqa: E402
 
-from simclr_jax import loop  # noqa: E402
+from simclr_jax import logs, loop, rundir  # noqa: E402
 
 NUM_STEPS = 60
-_TIMES = ("images_per_second", "seconds")
+_TIMES = (*logs.TIMING, "seconds")
 
 
 def life(workdir, sleep):
@@ -45,8 +45,8 @@ def life(workdir, sleep):
       yield batch
 
   config = test_loop.make_config()
-  loop.claim(config, workdir)
-  if loop.finished(workdir, NUM_STEPS):
+  rundir.claim(config, workdir)
+  if rundir.finished(workdir, NUM_STEPS):
     return
   state, metrics = test_loop.train(
     workdir, NUM_STEPS, batches=batches, config=config
@@ -54,7 +54,7 @@ def life(workdir, sleep):
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(state):
     digest.update(np.ascontiguousarray(leaf).tobytes())
-  loop.write_result(
+  rundir.write_result(
     workdir,
     dict(metrics, num_steps=NUM_STEPS, state=digest.hexdigest()),
   )

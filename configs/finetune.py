@@ -4,6 +4,8 @@
   --config=configs/finetune.py:digits,labels=1     1% of them
   --config=configs/finetune.py:digits,linear       linear evaluation: the
                                                    encoder stays as it is
+  --config=configs/finetune.py:imagenet,labels=1,big  of a network bigger than
+                                                   ResNet-50: a lower rate
   --config=configs/finetune.py:imagenet,supervised the official baseline: from
                                                    scratch, on all labels
 
@@ -26,6 +28,7 @@ def get_config(arg="digits"):
     labels=100.0,  # percent
     linear=False,
     supervised=False,
+    big=False,  # the paper's rate for networks bigger than ResNet-50
   )
   config = ml_collections.ConfigDict()
   config.stage = "finetune"
@@ -81,7 +84,7 @@ def get_config(arg="digits"):
 
   config.optim = ml_collections.ConfigDict()
   config.optim.name = "lars"  # lars | momentum | adam
-  config.optim.learning_rate = 0.005  # bigger than ResNet-50: 0.002
+  config.optim.learning_rate = 0.005
   config.optim.scaling = "sqrt"  # linear: * batch/256, sqrt: * batch**0.5, none
   config.optim.warmup_epochs = 0.0
   config.optim.weight_decay = 0.0
@@ -90,6 +93,7 @@ def get_config(arg="digits"):
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
+  config.profile_steps = (0, 0)  # first and last step to trace; (0, 0): none
 
   # What the network is where `pretrained` is "".
   config.scratch = ml_collections.ConfigDict()
@@ -174,5 +178,8 @@ def get_config(arg="digits"):
     config.eval_every_steps = 1000
     if options.linear or options.supervised:
       config.optim.learning_rate = 0.1
+
+  if options.big and config.optim.name == "lars":
+    config.optim.learning_rate *= 0.4  # 0.002 where others have 0.005
 
   return config

@@ -35,7 +35,9 @@ def get_config(arg="digits"):
   config.batch_size = 4096  # images, over all devices
   config.num_epochs = 800.0
   config.num_steps = 0  # 0: num_examples * num_epochs // batch_size + 1
-  config.pretrained = ""  # continue from the weights of this run; "": random
+  # Continue from the weights of this run (or of a converted official one): the
+  # network, head and image size are then that run's. "": random weights.
+  config.pretrained = ""
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME | folder:PATH
@@ -99,6 +101,7 @@ def get_config(arg="digits"):
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
+  config.profile_steps = (0, 0)  # first and last step to trace; (0, 0): none
 
   if options.short:
     # google-research/simclr README: ResNet-50 reaches 64.5% linear.

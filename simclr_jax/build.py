@@ -12,7 +12,6 @@ from simclr_jax import (
   augment,
   checkpoint,
   data,
-  loop,
   models,
   optimizers,
   parallel,
@@ -21,6 +20,7 @@ from simclr_jax import (
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
+from simclr_jax.train_state import TrainState
 
 # What a checkpoint says about the network that it holds.
 ENCODER = (
@@ -117,6 +117,13 @@ def load_pretrained(config):
   return stored, variables
 
 
+def channels(variables: dict | None) -> int | None:
+  """Of the images that a loaded network takes; None where none is loaded."""
+  if variables is None:
+    return None
+  return variables["params"]["encoder"]["stem"]["conv_1"]["kernel"].shape[2]
+
+
 def refuse_few(config, train: data.Dataset) -> None:
   """Raises UserError where a batch would hold an image twice."""
   if len(train) < config.batch_size:
@@ -155,10 +162,10 @@ def init(config, model, train: data.Dataset) -> dict:
   return jax.tree.map(np.asarray, variables)
 
 
-def init_state(variables: dict, optimizer) -> loop.TrainState:
+def init_state(variables: dict, optimizer) -> TrainState:
   """The state before step 1, as numpy."""
   opt_state = jax.jit(optimizer.init)(variables["params"])
-  return loop.TrainState(
+  return TrainState(
     step=np.asarray(0, np.int32),
     params=variables["params"],
     batch_stats=variables["batch_stats"],

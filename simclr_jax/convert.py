@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from simclr_jax import (
   checkpoint,
   cli,
-  loop,
   models,
   resnet,
+  rundir,
   tf_bundle,
   tf_names,
 )
@@ -141,6 +141,7 @@ def convert(
   ema: bool = False,
   head_layer: int | None = None,
   label_names=(),
+  image_size: int = 0,
 ) -> None:
   """Writes a run's directory with the network of a TensorFlow checkpoint.
 
@@ -152,6 +153,8 @@ def convert(
       the networks fine-tuned on 1% and 10%, 0 on 100%); None leaves a
       classifier out, and the run is one of pretraining.
     label_names: of the classifier's outputs, in order; default their numbers.
+    image_size: pixels that the stages which start from the run will see; 0: as
+      official, 224, or 32 with the CIFAR stem. The weights fit every size.
 
   Raises:
     UserError: a file or name that does not fit; nothing has been written then.
@@ -168,7 +171,7 @@ def convert(
     named = {k: v for k, v in named.items() if k not in set(left_out)}
   arch, head = tf_names.architecture(named), tf_names.head(named)
   variables = from_tensorflow(named, **arch)
-  config = _config(arch, head, head_layer)
+  config = _config(arch, head, head_layer, image_size)
   num_classes = head["num_classes"] or 0
   label_names = list(label_names) or [str(i) for i in range(num_classes)]
   if head_layer is not None and len(label_names) != num_classes:
@@ -176,7 +179,7 @@ def convert(
       f"--label_names: got {len(label_names)} names, but the classifier has "
       f"{num_classes} outputs"
     )
-  loop.claim(config, workdir)
+  rundir.claim(config, workdir)
   with checkpoint.open_manager(workdir, keep=1) as manager:
     checkpoint.save(
       manager,
@@ -199,7 +202,7 @@ def convert(
     print(f"left out {len(left_out)}: {shown}", flush=True)
 
 
-def _config(arch, head, head_layer):
+def _config(arch, head, head_layer, size):
   """The config of a run that such a network could have come from."""
   if head_layer is not None and head["num_classes"] is None:
     raise UserError("--head_layer: the checkpoint has no classifier")
@@ -208,19 +211,21 @@ def _config(arch, head, head_layer):
       f"--head_layer: got {head_layer}, but the projection head has "
       f"{head['num_layers']} layers; allowed are 0 to {head['num_layers']}"
     )
+  if size < 0:
+    raise UserError(f"--image_size: got {size}, must be above 0 (pixels)")
   is_small = arch["stem"] == "cifar"
   config = cli.load_recipe(
     "cifar10" if is_small else "imagenet",
     stage="pretrain" if head_layer is None else "finetune",
   )
-  size = 32 if is_small else 224
+  size = size or (32 if is_small else 224)
   fields = {f"model.{name}": value for name, value in arch.items()} | {
     "model.pool_padding": "same",
     "model.dtype": "float32",
     "head.num_layers": head["num_layers"],
     "head.dim": head["dim"],
     "data.image_size": size,
-    "data.canvas_size": size if is_small else size * 3 // 2,
+    "data.canvas_size": size if size <= 64 else size * 3 // 2,
   }
   if head_layer is not None:
     fields["head_layer"] = head_layer
@@ -256,6 +261,13 @@ def main(argv=None) -> None:
     "--label_names",
     help="a file with a class name a line, such as TFDS's label.labels.txt",
   )
+  parser.add_argument(
+    "--image_size",
+    type=int,
+    default=0,
+    help="pixels that training from it will use; 0: 224, or 32 with the CIFAR "
+    "stem",
+  )
   args = parser.parse_args(argv)
   try:
     names = ()
@@ -272,6 +284,7 @@ def main(argv=None) -> None:
       ema=args.ema,
       head_layer=args.head_layer,
       label_names=[name for name in names if name],
+      image_size=args.image_size,
     )
   except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from simclr_jax import (
   losses,
   optimizers,
   parallel,
+  rundir,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -40,7 +41,7 @@ def train_step(
   """One step on one device's part of the batch (2006.10029, eq. 2 and 3).
 
   Args:
-    state: a `loop.TrainState`, of the student.
+    state: a `TrainState`, of the student.
     batch: "image" uint8 [n, S, S, C], "size" int32 [n, 2] and "label" int32
       [n], -1 where unknown.
     key: the run's key.
@@ -86,7 +87,8 @@ def train_step(
 
   grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
   grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
-  return state.apply_gradients(optimizer, grads, batch_stats), metrics
+  state, norms = state.apply_gradients(optimizer, grads, batch_stats)
+  return state, metrics | norms
 
 
 def train_and_evaluate(config, workdir) -> dict:
@@ -120,7 +122,9 @@ def train_and_evaluate(config, workdir) -> dict:
     )
   _resolve_student(config, taught)
   build.resolve(config)
-  train, test = data.open_splits(config, workdir)
+  train, test = data.open_splits(
+    config, workdir, channels=build.channels(teacher_variables)
+  )
   build.refuse_few(config, train)
   label_names = tuple(about["label_names"])
   if train.num_classes and train.label_names != label_names:
@@ -132,8 +136,8 @@ def train_and_evaluate(config, workdir) -> dict:
   if config.loss.label_weight:
     train = _hide_labels(train, about["labels_used"])
   num_steps = config_lib.num_steps(config, len(train))
-  loop.claim(config, workdir)
-  if done := loop.finished(workdir, num_steps):
+  rundir.claim(config, workdir)
+  if done := rundir.finished(workdir, num_steps):
     return done
 
   teacher = build.make_model(
@@ -183,7 +187,7 @@ def train_and_evaluate(config, workdir) -> dict:
       "teacher": {k: about[k] for k in ("workdir", "step", "hash")},
     },
   )
-  return loop.write_result(
+  return rundir.write_result(
     workdir,
     build.result(
       config, protocol="distill", metrics=metrics, num_steps=num_steps

@@ -19,6 +19,7 @@ from simclr_jax import (
   models,
   optimizers,
   parallel,
+  rundir,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -28,7 +29,7 @@ def train_step(state, batch, key, *, model, optimizer, view_fn):
   """One step on one device's part of the batch; see `pretrain.train_step`.
 
   Args:
-    state: a `loop.TrainState`.
+    state: a `TrainState`.
     batch: "image" uint8 [n, S, S, C], "size" int32 [n, 2], "label" int32 [n].
     key: the run's key.
     model: from `models.make_model`, with classes.
@@ -60,7 +61,8 @@ def train_step(state, batch, key, *, model, optimizer, view_fn):
 
   grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
   grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
-  return state.apply_gradients(optimizer, grads, batch_stats), metrics
+  state, norms = state.apply_gradients(optimizer, grads, batch_stats)
+  return state, metrics | norms
 
 
 def train_and_evaluate(config, workdir) -> dict:
@@ -79,14 +81,16 @@ def train_and_evaluate(config, workdir) -> dict:
   config = build.start(config)
   loaded = _resolve_network(config)
   build.resolve(config)
-  train, test = data.open_splits(config, workdir)
+  train, test = data.open_splits(
+    config, workdir, channels=build.channels(loaded)
+  )
   used = build.label_choice(config)
   train = train.select(
     data.label_subset(train.labels, label_names=train.label_names, **used)
   )
   num_steps = config_lib.num_steps(config, len(train))
-  loop.claim(config, workdir)
-  if done := loop.finished(workdir, num_steps):
+  rundir.claim(config, workdir)
+  if done := rundir.finished(workdir, num_steps):
     return done
 
   linear = config.freeze_after_block == 4
@@ -139,7 +143,7 @@ def train_and_evaluate(config, workdir) -> dict:
   )
   if linear:
     _assert_encoder_unchanged(variables, state)
-  return loop.write_result(
+  return rundir.write_result(
     workdir,
     build.result(
       config,

@@ -1,11 +1,22 @@
 """What a run leaves behind and what a person sees while it trains."""
 
+import contextlib
 import importlib.util
 import json
 import sys
 import time
+from collections.abc import Iterator
 
 from etils import epath
+
+# Fields of metrics.jsonl that differ from one run of a config to the next.
+TIMING = (
+  "images_per_second",
+  "input_wait",
+  "device_memory_gib",
+  "tflops_per_device",
+  "utilisation",
+)
 
 
 class MetricsWriter:
@@ -94,12 +105,12 @@ class Progress:
       )
     self._mark = None  # (time, step) after the step that compiled
     self._total = [0.0, 0]  # seconds and images of all timed steps
-    self._paused = 0.0
+    self._paused = self._waited = 0.0
 
   def advance(self, step: int) -> None:
     """Counts one step whose metrics have been read."""
     if self._mark is None:
-      self._mark = (time.perf_counter(), step)
+      self._mark, self._waited = (time.perf_counter(), step), 0.0
     if self._bar is not None:
       self._bar.update(1)
 
@@ -107,32 +118,48 @@ class Progress:
     """A context manager: its time does not count as training."""
     return _Pause(self)
 
-  def rate(self, step: int) -> float | None:
-    """Images/s since the last call; None where no whole step was timed."""
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Its time counts as waiting for data."""
+    begin = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - begin
+
+  def timing(self, step: int) -> dict[str, float]:
+    """images_per_second and input_wait since the last call.
+
+    input_wait is the share of the time in which the loop waited for a batch.
+    The device may have been at work meanwhile, so it idles at most that much.
+    Empty where no whole step was timed.
+    """
     now = time.perf_counter()
     then, since = self._mark
     if step == since:
-      return None
-    seconds = now - then - self._paused
+      return {}
+    seconds = max(now - then - self._paused, 1e-9)
     images = (step - since) * self._batch_size
-    self._mark, self._paused = (now, step), 0.0
+    waited = self._waited
+    self._mark, self._paused, self._waited = (now, step), 0.0, 0.0
     self._total[0] += seconds
     self._total[1] += images
-    return round(images / max(seconds, 1e-9), 1)
+    return {
+      "images_per_second": round(images / seconds, 1),
+      "input_wait": round(waited / seconds, 4),
+    }
 
   @property
   def mean_rate(self) -> float | None:
     seconds, images = self._total
     return round(images / seconds, 1) if images else None
 
-  def show(self, step: int, values: dict, anchors: dict, rate) -> None:
+  def show(self, step: int, values: dict, anchors: dict) -> None:
     """Prints the main numbers of a step beside what ignorance would give."""
     parts = [f"step {step}/{self._num_steps}"]
     for name in ("loss", "contrastive_accuracy", "accuracy"):
       if name in values:
         anchor = f" ({anchors[name]})" if name in anchors else ""
         parts.append(f"{name.replace('_', ' ')} {values[name]:.4g}{anchor}")
-    if rate:
+    if rate := values.get("images_per_second"):
       left = int((self._num_steps - step) * self._batch_size / rate)
       parts += [f"{rate:.0f} images/s", f"{left // 60}:{left % 60:02d} left"]
     self.say(", ".join(parts))

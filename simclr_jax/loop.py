@@ -7,153 +7,24 @@ batch t, the random numbers of step t, the lines of metrics.jsonl and the saves.
 import contextlib
 import functools
 import json
-import math
-import secrets
 import time
 from collections.abc import Callable, Iterator
 
-import flax
 import jax
 import numpy as np
-import optax
 from etils import epath
 
-from simclr_jax import checkpoint, logs, parallel, signals, watchdog
-from simclr_jax import config as config_lib
-from simclr_jax.config import Diverged, UserError
-
-
-class TrainState(flax.struct.PyTreeNode):
-  """What training changes; everything else is a pure function of `step`."""
-
-  step: jax.Array
-  params: dict
-  batch_stats: dict
-  opt_state: tuple
-
-  def apply_gradients(self, optimizer, grads, batch_stats) -> "TrainState":
-    """Returns the state after one update of an optax `optimizer`."""
-    updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
-    return self.replace(
-      step=self.step + 1,
-      params=optax.apply_updates(self.params, updates),
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-    )
-
-
-# A run may be continued with another value of these.
-_MAY_CHANGE = (
-  "data.data_dir",
-  "data.memory_gib",
-  "data.on_error",
-  "log_every_steps",
-  "eval_every_steps",
-  "checkpoint_every_steps",
-  "keep_checkpoints",
+from simclr_jax import (
+  checkpoint,
+  diagnostics,
+  logs,
+  parallel,
+  rundir,
+  signals,
+  watchdog,
 )
-_LENGTH = ("num_epochs", "num_steps")
-_DIVERGED = "diverged.json"
-
-
-def claim(config, workdir) -> None:
-  """Writes config.json into the run's directory, or checks what is there.
-
-  Every host calls it; it is also where a directory that the hosts do not share
-  is found out, and a run whose loss was not finite.
-
-  Raises:
-    UserError: the directory cannot be written, holds another run, is not shared
-      by all hosts, or the run there diverged.
-  """
-  workdir = epath.Path(workdir)
-  file, marker = workdir / "config.json", workdir / _DIVERGED
-
-  def make():
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-      (workdir / ".nonce").write_text(str(nonce))
-
-  def check():
-    _check_shared(workdir / ".nonce", nonce)
-    if marker.exists():
-      found = json.loads(marker.read_text())
-      raise UserError(
-        f"--workdir={workdir} holds a run whose loss was {found['loss']} at "
-        f"step {found['step']}, and the same command would come there again. "
-        "Take another --workdir with a lower config.optim.learning_rate, or "
-        f"remove {marker} to try once more from the last checkpoint."
-      )
-    if file.exists():
-      stored = config_lib.from_json_tree(json.loads(file.read_text()))
-      _check_same_run(config_lib.flat(config), config_lib.flat(stored), workdir)
-
-  def write():
-    if jax.process_index() == 0:
-      draft = workdir / "config.json.draft"
-      draft.write_text(config_lib.to_json(config))
-      draft.replace(file)
-      (workdir / ".nonce").unlink()
-
-  nonce = parallel.broadcast(secrets.randbelow(2**31))
-  for action in (make, check, write):  # no host is ahead by more than one
-    problem = ""
-    try:
-      action()
-    except OSError as error:
-      reason = error.strerror or error
-      problem = f"--workdir={workdir} cannot be written: {reason}."
-    except UserError as error:
-      problem = str(error)
-    parallel.agree(problem)
-
-
-def _check_shared(file, nonce: int, *, seconds: float = 20) -> None:
-  """Waits a while: network file systems show new files late."""
-  end = time.monotonic() + seconds
-  while not (file.exists() and file.read_text() == str(nonce)):
-    if time.monotonic() > end:
-      raise UserError(
-        f"the workdir is not shared: process {jax.process_index()} does not "
-        f"see in {file.parent} what process 0 has written there. Give a "
-        "--workdir that all hosts see, on a network file system or gs://."
-      )
-    time.sleep(0.2)
-
-
-def _check_same_run(mine: dict, stored: dict, workdir) -> None:
-  changed = [
-    name
-    for name in sorted(mine.keys() | stored.keys())
-    if mine.get(name) != stored.get(name) and name not in _MAY_CHANGE
-  ]
-  length = [name for name in changed if name in _LENGTH]
-  if len(length) < len(changed):
-    shown = "; ".join(
-      f"config.{name} was {stored.get(name)!r}, is {mine.get(name)!r}"
-      for name in changed
-    )
-    raise UserError(
-      f"--workdir={workdir} holds another run: {shown}. Give the values it "
-      "has, or take another --workdir."
-    )
-  if length:
-    print(
-      f"warning: {' and '.join(length)} changed, so the learning rate of the "
-      "steps that remain follows another curve than before."
-    )
-
-
-def finished(workdir, num_steps: int) -> dict | None:
-  """Returns the result of a run that is already complete, else None."""
-  file = epath.Path(workdir) / "result.json"
-  if not file.exists():
-    return None
-  result = json.loads(file.read_text())
-  if result["num_steps"] != num_steps:
-    return None
-  print(f"{workdir} is complete: {num_steps} steps", flush=True)
-  return result
+from simclr_jax.config import Diverged
+from simclr_jax.train_state import TrainState, tensor_names
 
 
 def run(
@@ -168,6 +39,7 @@ def run(
   constants: tuple = (),
   learning_rate: Callable | None = None,
   anchors: dict | None = None,
+  advice: Callable[[int, dict], list[str]] | None = None,
   extra: dict | None = None,
   stall_minutes: float = 10,
 ) -> tuple[TrainState, dict]:
@@ -186,6 +58,7 @@ def run(
     constants: further arguments of the step, one device's copy (a teacher).
     learning_rate: schedule, steps done -> rate, to log beside the metrics.
     anchors: metric -> text about a network that knows nothing, shown beside it.
+    advice: (step, line of metrics.jsonl) -> what to tell the user about it.
     extra: JSON values saved with each checkpoint.
     stall_minutes: after so long in one phase of a step, print where; 0: never.
 
@@ -194,7 +67,7 @@ def run(
     "images_per_second" and "seconds".
 
   Raises:
-    Diverged: the loss is no longer finite.
+    Diverged: the loss or a tensor is no longer finite.
     UserError: a checkpoint cannot be written.
     SystemExit: stopped by a signal, after saving.
   """
@@ -221,9 +94,12 @@ def run(
       start,
       num_steps,
       config,
+      names=tensor_names(state.params),
       learning_rate=learning_rate,
       anchors=anchors or {},
+      advice=advice or diagnostics.Advice(),
     )
+    trace = _Trace(workdir, config.profile_steps)
     mapped = parallel.pmap(_with_stop(step_fn), donate_argnums=0)
     state = parallel.replicate(state)
     key = parallel.replicate(jax.random.key(config.seed))
@@ -250,10 +126,16 @@ def run(
         evaluation(start)
       for step in range(start + 1, num_steps + 1):
         watch.phase("data", step=step)
-        batch = next(stream)
+        with log.progress.waiting():
+          batch = next(stream)
         watch.phase("step" if stop.running else "compilation", step=step)
         flag = parallel.replicate(np.int32(stop.requested))
-        state, metrics = mapped(state, batch, key, flag, *constants)
+        args = (state, batch, key, flag, *constants)
+        if step == start + 1:
+          log.set_flops(mapped, args)
+        trace.before(step)
+        state, metrics = mapped(*args)
+        trace.after(step, metrics)
         # While the device works on this step, read the one before.
         stopping = unread is not None and log.read(*unread)
         unread = (step, metrics)
@@ -282,6 +164,7 @@ def run(
         evaluated = evaluate(state)
       state = parallel.unreplicate(state)
     finally:
+      trace.close()
       log.close()
   return state, dict(
     evaluated or {},
@@ -331,40 +214,71 @@ class _Log:
   """Reads the metrics of a step, checks them, passes them on (host 0)."""
 
   def __init__(
-    self, workdir, start, num_steps, config, *, learning_rate, anchors
+    self,
+    workdir,
+    start,
+    num_steps,
+    config,
+    *,
+    names,
+    learning_rate,
+    anchors,
+    advice,
   ):
     self._num_steps, self._every = num_steps, config.log_every_steps
     self._learning_rate, self._anchors = learning_rate, anchors
+    self._names, self._advice = names, advice
+    self._batch_size, self._tflop = config.batch_size, None
     self._host0 = jax.process_index() == 0
-    self._marker = epath.Path(workdir) / _DIVERGED
+    self._marker = epath.Path(workdir) / rundir.DIVERGED
     self._writing = functools.partial(checkpoint.writing, workdir)
     self._writer = logs.MetricsWriter(workdir, start) if self._host0 else None
     self.progress = logs.Progress(
       start, num_steps, batch_size=config.batch_size, quiet=not self._host0
     )
 
+  def set_flops(self, mapped, args) -> None:
+    """Counts a step's arithmetic, where the device's limit is known."""
+    self._peak = diagnostics.peak_tflops(jax.devices()[0].device_kind)
+    if self._peak:
+      cost = mapped.lower(*args).cost_analysis()  # of one device
+      self._tflop = (cost or {}).get("flops", 0) / 1e12
+
+  def _timing(self, step: int) -> dict:
+    values = self.progress.timing(step)
+    if memory := diagnostics.device_memory_gib():
+      values["device_memory_gib"] = memory
+    if self._tflop and "images_per_second" in values:
+      rate = self._tflop * values["images_per_second"] / self._batch_size
+      values["tflops_per_device"] = round(rate, 2)
+      values["utilisation"] = round(rate / self._peak, 4)
+    return values
+
   def read(self, step: int, metrics: dict) -> bool:
     """Waits for the step; returns whether any host was asked to stop."""
-    values = {k: float(v) for k, v in parallel.unreplicate(metrics).items()}
+    values = parallel.unreplicate(metrics)
     stopping = bool(values.pop("stop"))
-    if not math.isfinite(values["loss"]):
+    if problem := diagnostics.not_finite(values, self._names):
       if self._host0:  # a scheduler that starts it again must not loop
-        found = {"step": step, "loss": str(values["loss"])}
+        found = {"step": step, "problem": problem}
         self._marker.write_text(json.dumps(found) + "\n")
       raise Diverged(
-        f"the loss is {values['loss']} at step {step}; checkpoints before it "
-        "are intact. Try a lower config.optim.learning_rate, a longer "
-        "config.optim.warmup_epochs or a higher config.loss.temperature."
+        f"at step {step} {problem}; checkpoints before it are intact. Try a "
+        "lower config.optim.learning_rate, a longer config.optim.warmup_epochs "
+        "or a higher config.loss.temperature."
       )
     self.progress.advance(step)
     if step in (1, self._num_steps) or step % self._every == 0:
-      rate = self.progress.rate(step)
+      values = diagnostics.summarize(values, self._names)
       if self._learning_rate:
         values["learning_rate"] = float(self._learning_rate(step - 1))
+      values |= self._timing(step)
       if self._host0:
         with self._writing():
-          self._writer.write(step, values | {"images_per_second": rate})
-        self.progress.show(step, values, self._anchors, rate)
+          self._writer.write(step, values)
+        self.progress.show(step, values, self._anchors)
+        for text in self._advice(step, values):
+          self.progress.say(f"note: {text}.")
     return stopping
 
   def evaluation(self, step: int, evaluate, state) -> dict:
@@ -391,10 +305,26 @@ class _Log:
         self._writer.close()
 
 
-def write_result(workdir, result: dict) -> dict:
-  """Writes result.json (host 0) and returns `result`."""
-  if jax.process_index() == 0:
-    text = json.dumps(result, indent=2) + "\n"
-    with checkpoint.writing(workdir):
-      (epath.Path(workdir) / "result.json").write_text(text)
-  return result
+class _Trace:
+  """Writes a jax.profiler trace of some steps to profile/ of the run."""
+
+  def __init__(self, workdir, steps: tuple[int, int]):
+    self._folder = epath.Path(workdir) / "profile"
+    self._first, self._last = steps  # (0, 0): none
+    self._running = False
+
+  def before(self, step: int) -> None:
+    if step == self._first:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int, metrics) -> None:
+    if step == self._last and self._running:
+      jax.block_until_ready(metrics)
+      self.close()
+
+  def close(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+      print(f"profile of the steps from {self._first} on: {self._folder}")

@@ -56,7 +56,8 @@ def nt_xent(
   Returns:
     (loss, metrics) over this device's rows, in float32 or better. metrics has
     "contrastive_accuracy" (1/N by chance) and "contrastive_entropy" (nats), of
-    view 1 among the N embeddings of view 2.
+    view 1 among the N embeddings of view 2, and with normalize "alignment" and
+    "gaussian_potential", whose log is the uniformity (see metrics.py).
   """
   n, _ = z1.shape
   dtype = jnp.promote_types(z1.dtype, jnp.float32)
@@ -72,17 +73,21 @@ def nt_xent(
   sum_fn: Any = _sum_over_pairs
   if block_size is not None and block_size < n:
     sum_fn = functools.partial(_blockwise, block_size)
-  loss, metrics = sum_fn(z / temperature, columns, index)
-  return loss / n, {k: v / n for k, v in metrics.items()}
+  loss, metrics = sum_fn(z / temperature, columns, index, temperature)
+  metrics = {k: v / n for k, v in metrics.items()}
+  if not normalize:  # these two are of points on the sphere
+    del metrics["alignment"], metrics["gaussian_potential"]
+  return loss / n, metrics
 
 
-def _sum_over_pairs(rows, columns, index):
+def _sum_over_pairs(rows, columns, index, temperature):
   """Sums of loss and metrics over some pairs of the global batch.
 
   Args:
     rows: [2, m, D] both embeddings of m pairs, divided by the temperature.
     columns: [2, N, D] all embeddings.
     index: int32 [m] the rows' places among the N; -1 for a row not to count.
+    temperature: what the rows were divided by.
   """
   num_pairs, features = columns.shape[1:]
   # Plain matrices: with four axes the gradient would need transposed copies.
@@ -96,39 +101,49 @@ def _sum_over_pairs(rows, columns, index):
   partner = jnp.concatenate([index + num_pairs, index])[:, None]
   column = jnp.arange(2 * num_pairs)
   counted = index >= 0
+
+  def total(values):
+    return jnp.where(jnp.tile(counted, 2), values, 0).sum()
+
   # Masked sums rather than indexing: they fuse, and so do their gradients.
   positives = jnp.where(column == partner, logits, 0).sum(axis=1)
   others = jnp.where(column == itself, -jnp.inf, logits)
-  losses = jax.nn.logsumexp(others, axis=1) - positives
-  loss = jnp.where(jnp.tile(counted, 2), losses, 0).sum()
+  loss = total(jax.nn.logsumexp(others, axis=1) - positives)
 
-  across = jax.lax.stop_gradient(logits[: len(index), num_pairs:])
+  positives, others, logits = jax.lax.stop_gradient((positives, others, logits))
+  across = logits[: len(index), num_pairs:]
   p = jax.nn.softmax(across)
   entropy = -jnp.sum(p * jnp.log(p + 1e-8), axis=1)
   correct = jnp.argmax(across, axis=1) == index
+  # exp(-2 |u - v|^2) of a unit row and the others, not itself.
+  potential = jnp.exp(4 * (others * temperature - 1)).sum(axis=1)
   return loss, {
     "contrastive_accuracy": correct.sum(dtype=loss.dtype),
     "contrastive_entropy": jnp.where(counted, entropy, 0).sum(),
+    "alignment": total(1 - temperature * positives),
+    "gaussian_potential": total(potential) / (2 * (2 * num_pairs - 1)),
   }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(block_size, rows, columns, index):
+def _blockwise(block_size, rows, columns, index, temperature):
   """_sum_over_pairs, `block_size` pairs at a time."""
   parts = jax.lax.map(
-    lambda block: _sum_over_pairs(block[0], columns, block[1]),
+    lambda block: _sum_over_pairs(block[0], columns, block[1], temperature),
     _to_blocks(block_size, rows, index),
   )
   return jax.tree.map(lambda part: part.sum(axis=0), parts)
 
 
-def _blockwise_forward(block_size, rows, columns, index):
+def _blockwise_forward(block_size, rows, columns, index, temperature):
   # The sum's gradient is known up to one factor, the cotangent of the loss, so
   # it is made here, where the logits are at hand, and never needs them again.
   grad_fn = jax.value_and_grad(_sum_over_pairs, argnums=(0, 1), has_aux=True)
 
   def step(columns_grad, block):
-    part, (block_grad, part_grad) = grad_fn(block[0], columns, block[1])
+    part, (block_grad, part_grad) = grad_fn(
+      block[0], columns, block[1], temperature
+    )
     return columns_grad + part_grad, (part, block_grad)
 
   columns_grad, (parts, block_grads) = jax.lax.scan(
@@ -143,7 +158,7 @@ def _blockwise_backward(block_size, grads, cotangents):
   del block_size
   rows_grad, columns_grad = grads
   factor, _ = cotangents  # the metrics carry no gradient, as in the plain form
-  return factor * rows_grad, factor * columns_grad, None
+  return factor * rows_grad, factor * columns_grad, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def uniform_loss(num_pairs: int) -> float:
@@ -65,6 +66,34 @@ def embedding_std(z: jax.Array) -> jax.Array:
   rows are spread evenly, 0 where they have collapsed.
   """
   return jnp.mean(jnp.std(_unit(z), axis=0)) * math.sqrt(z.shape[1])
+
+
+def embedding_moments(z: jax.Array) -> dict[str, jax.Array]:
+  """First and second moment of the unit rows of z [n, D].
+
+  Means over rows, so that a mean over devices makes them those of the global
+  batch: {"embedding_mean": [D], "embedding_moment": [D, D]}.
+  """
+  u = _unit(jax.lax.stop_gradient(z))
+  moment = jnp.matmul(u.T, u, precision=jax.lax.Precision.HIGHEST) / len(u)
+  return {"embedding_mean": u.mean(axis=0), "embedding_moment": moment}
+
+
+def from_moments(mean, moment) -> dict[str, float]:
+  """effective_rank and embedding_std of the unit rows with these moments.
+
+  On the host, in float64; see `embedding_moments`.
+  """
+  mean, moment = np.asarray(mean, float), np.asarray(moment, float)
+  if not np.isfinite(moment).all():
+    return {"effective_rank": math.nan, "embedding_std": math.nan}
+  singular_values = np.sqrt(np.maximum(np.linalg.eigvalsh(moment), 0))
+  p = singular_values / max(singular_values.sum(), 1e-30)
+  variance = np.maximum(np.diag(moment) - mean**2, 0)
+  return {
+    "effective_rank": float(np.exp(-np.sum(p * np.log(p + 1e-300)))),
+    "embedding_std": float(np.sqrt(variance).mean() * math.sqrt(len(mean))),
+  }
 
 
 def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

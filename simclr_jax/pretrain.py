@@ -15,12 +15,14 @@ from simclr_jax import (
   checkpoint,
   cli,
   data,
+  diagnostics,
   loop,
   losses,
   optimizers,
   parallel,
   predict,
   probes,
+  rundir,
 )
 from simclr_jax import config as config_lib
 from simclr_jax import (
@@ -34,7 +36,7 @@ def train_step(
   """One step on one device's part of the batch (2006.10029, section 2).
 
   Args:
-    state: a `loop.TrainState`.
+    state: a `TrainState`.
     batch: "image" uint8 [n, S, S, C], "size" int32 [n, 2] and "label" int32
       [n], -1 where unknown.
     key: the run's key; this step's randomness is a function of (key, step).
@@ -63,7 +65,8 @@ def train_step(
       mutable=["batch_stats"],
     )
     loss, metrics = nt_xent_fn(*jnp.split(outputs["z"], 2))
-    metrics["loss"] = total = loss
+    metrics |= {"loss": loss} | metrics_lib.embedding_moments(outputs["z"])
+    total = loss
     if probe:  # no gradient passes from here into the network
       labels = jnp.tile(batch["label"], 2)
       probe_loss, accuracy = losses.supervised_loss(
@@ -77,7 +80,8 @@ def train_step(
   grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
   # Each device has the gradient of its rows: their mean is the global one.
   grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
-  return state.apply_gradients(optimizer, grads, batch_stats), metrics
+  state, norms = state.apply_gradients(optimizer, grads, batch_stats)
+  return state, metrics | norms
 
 
 def train_and_evaluate(config, workdir) -> dict:
@@ -94,12 +98,15 @@ def train_and_evaluate(config, workdir) -> dict:
     UserError: a mistake in the config or the data.
   """
   config = build.start(config)
+  loaded = _resolve_network(config)
   build.resolve(config)
-  train, test = data.open_splits(config, workdir)
+  train, test = data.open_splits(
+    config, workdir, channels=build.channels(loaded)
+  )
   build.refuse_few(config, train)
   num_steps = config_lib.num_steps(config, len(train))
-  loop.claim(config, workdir)
-  if done := loop.finished(workdir, num_steps):
+  rundir.claim(config, workdir)
+  if done := rundir.finished(workdir, num_steps):
     return done
 
   probe = config.probe and train.num_classes > 0
@@ -110,8 +117,7 @@ def train_and_evaluate(config, workdir) -> dict:
     probe=True,
   )
   variables = build.init(config, model, train)
-  if config.pretrained:
-    _, loaded = build.load_pretrained(config)
+  if loaded is not None:
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )
@@ -153,12 +159,36 @@ def train_and_evaluate(config, workdir) -> dict:
       "loss": f"uniform {metrics_lib.uniform_loss(pairs):.4g}",
       "contrastive_accuracy": f"chance {1 / pairs:.2g}",
     },
+    advice=diagnostics.Advice(
+      num_pairs=pairs,
+      temperature=config.loss.temperature,
+      warmup_steps=config_lib.warmup_steps(config, len(train)),
+    ),
     extra={"label_names": list(train.label_names)},
   )
-  return loop.write_result(
+  return rundir.write_result(
     workdir,
     build.result(config, protocol="knn", metrics=metrics, num_steps=num_steps),
   )
+
+
+def _resolve_network(config) -> dict | None:
+  """Takes network and view from `config.pretrained`; returns its variables.
+
+  Fields that are as the recipe has them were not given and give way.
+  """
+  if not config.pretrained:
+    return None
+  stored, loaded = build.load_pretrained(config)
+  names = (*build.ENCODER, *build.HEAD, *build.VIEW)
+  mine, theirs = config_lib.flat(config), config_lib.flat(stored)
+  recipe = config_lib.flat(cli.load_recipe(config.recipe, stage="pretrain"))
+  for name in names:
+    if mine[name] == recipe[name]:
+      config_lib.set_field(config, name, theirs[name])
+  where = f"the checkpoint {config.pretrained}"
+  config_lib.inherit(config, theirs, names, where=where)
+  return loaded
 
 
 def _make_evaluate(config, model, train, test):

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import test_loop
 import test_steps
 
-from simclr_jax import checkpoint, loop, parallel
+from simclr_jax import checkpoint, loop, parallel, rundir
 
 BATCH = 16
 
@@ -54,7 +54,7 @@ def train_tiny(workdir, num_steps):
   )
   state = state.replace(step=np.asarray(0, np.int32))
   config = test_loop.make_config(checkpoint_every_steps=2)
-  loop.claim(config, workdir)
+  rundir.claim(config, workdir)
   return loop.run(
     state,
     test_steps.pretrain_step(),
@@ -67,13 +67,13 @@ def train_tiny(workdir, num_steps):
 
 def train_toy(workdir, num_steps, *, sleep=0.0):
   config = test_loop.make_config(eval_every_steps=1000)
-  loop.claim(config, workdir)
+  rundir.claim(config, workdir)
   batches = functools.partial(vectors, sleep=sleep)
   return test_loop.train(workdir, num_steps, batches=batches, config=config)[0]
 
 
 def main(options):
-  loop._check_shared.__kwdefaults__["seconds"] = 1
+  rundir._check_shared.__kwdefaults__["seconds"] = 1
   jax.config.update("jax_enable_x64", True)
   parallel.initialize(heartbeat_seconds=10)
   with parallel.together():

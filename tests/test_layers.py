@@ -27,23 +27,45 @@ LAYERS = (
       "augment",
       "checkpoint",
       "cpu_conv",
+      "feature_file",
       "logs",
       "losses",
       "metrics",
       "optimizers",
       "parallel",
+      "provenance",
       "resnet",
       "signals",
       "sources",
       "tf_bundle",
+      "train_state",
       "watchdog",
     },
   ),
-  ("middle", {"cli", "data", "loop", "models", "probes", "tf_names"}),
+  ("of a run", {"diagnostics", "rundir"}),
+  (
+    "middle",
+    {
+      "cli",
+      "data",
+      "loop",
+      "memory",
+      "models",
+      "probes",
+      "supcon",
+      "tf_names",
+      "torchvision_names",
+    },
+  ),
   ("inference", {"predict", "report"}),
   ("assembly", {"build", "snapshots"}),
+  ("trained", {"network"}),
+  ("written", {"model_card"}),
   ("stages", {"pretrain", "finetune", "distill"}),
-  ("tools", {"convert", "datasets", "selftest"}),
+  (
+    "tools",
+    {"convert", "datasets", "embed", "evaluate", "export", "selftest", "sweep"},
+  ),
 )
 LAYER_OF = {name: i for i, (_, names) in enumerate(LAYERS) for name in names}
 
@@ -131,7 +153,7 @@ def test_only_parallel_names_pmap():
 def test_third_party_imports_are_declared():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   required = list(project["dependencies"])
-  for extra in ("fast", "tensorboard"):  # imported where installed
+  for extra in ("export", "fast", "tensorboard"):  # imported where installed
     required += project["optional-dependencies"][extra]
   declared = {
     re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("_", "-")

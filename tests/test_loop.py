@@ -16,8 +16,9 @@ import numpy as np
 import optax
 import pytest
 
-from simclr_jax import checkpoint, loop, parallel
+from simclr_jax import checkpoint, logs, loop, parallel, rundir
 from simclr_jax.config import Diverged, UserError
+from simclr_jax.train_state import TrainState
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 # Where a read or a write fails, Orbax closes its event loop while TensorStore
@@ -38,6 +39,7 @@ def make_config(**changes):
       eval_every_steps=5,
       checkpoint_every_steps=4,
       keep_checkpoints=2,
+      profile_steps=(0, 0),
       optim=dict(learning_rate=0.1),
     )
     | changes
@@ -46,7 +48,7 @@ def make_config(**changes):
 
 def make_state():
   params = {"encoder": {"kernel": np.ones((4, 2), np.float32)}}
-  return loop.TrainState(
+  return TrainState(
     step=np.asarray(0, np.int32),
     params=params,
     batch_stats={"encoder": {"mean": np.zeros(2, np.float32)}},
@@ -65,8 +67,10 @@ def step_fn(state, batch, key):
   loss, grads = jax.value_and_grad(loss_fn)(state.params)
   loss, grads = jax.lax.pmean((loss, grads), parallel.AXIS)
   mean = state.batch_stats["encoder"]["mean"] * 0.9 + noise
-  state = state.apply_gradients(OPTIMIZER, grads, {"encoder": {"mean": mean}})
-  return state, {"loss": loss}
+  state, norms = state.apply_gradients(
+    OPTIMIZER, grads, {"encoder": {"mean": mean}}
+  )
+  return state, {"loss": loss} | norms
 
 
 def batches(start):
@@ -92,12 +96,16 @@ def train(workdir, num_steps=14, **changes):
   return loop.run(make_state(), **(options | changes))
 
 
+def raw_lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
 def lines(workdir):
   """metrics.jsonl without the fields that are about time."""
-  text = (workdir / "metrics.jsonl").read_text()
-  rows = [json.loads(line) for line in text.splitlines()]
   return [
-    {k: v for k, v in row.items() if k != "images_per_second"} for row in rows
+    {k: v for k, v in row.items() if k not in logs.TIMING}
+    for row in raw_lines(workdir)
   ]
 
 
@@ -216,17 +224,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(whole, tmp_path):
     for step, batch in enumerate(batches(start), start):
       yield {"x": batch["x"] * np.float32(np.nan if step == 9 else 1)}
 
-  loop.claim(make_config(), tmp_path)
-  with pytest.raises(Diverged, match=r"loss is nan at step 10.*learning_rate"):
+  rundir.claim(make_config(), tmp_path)
+  with pytest.raises(Diverged, match=r"step 10 the loss is nan.*learning_rate"):
     train(tmp_path, batches=poisoned)
   with checkpoint.open_manager(tmp_path, keep=2) as manager:
     assert manager.latest_step() == 8
   # A scheduler that starts the same command again does not loop.
   for _ in range(2):
-    with pytest.raises(UserError, match=r"was nan at step 10.*remove .*json"):
-      loop.claim(make_config(), tmp_path)
+    with pytest.raises(
+      UserError, match=r"step 10 the loss is nan.*remove .*json"
+    ):
+      rundir.claim(make_config(), tmp_path)
   (tmp_path / "diverged.json").unlink()
-  loop.claim(make_config(), tmp_path)
+  rundir.claim(make_config(), tmp_path)
   assert_same_state(train(tmp_path)[0], whole[0])
 
 
@@ -389,29 +399,29 @@ def test_only_the_latest_checkpoints_are_kept(tmp_path):
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path, capsys):
-  loop.claim(make_config(), tmp_path)
-  loop.claim(make_config(log_every_steps=9), tmp_path)
+  rundir.claim(make_config(), tmp_path)
+  rundir.claim(make_config(log_every_steps=9), tmp_path)
   assert capsys.readouterr().out == ""
-  loop.claim(make_config(num_steps=50), tmp_path)
+  rundir.claim(make_config(num_steps=50), tmp_path)
   assert "warning: num_steps changed" in capsys.readouterr().out
   with pytest.raises(
     UserError, match=r"another run: .*config.seed was 3, is 4"
   ):
-    loop.claim(make_config(seed=4), tmp_path)
+    rundir.claim(make_config(seed=4), tmp_path)
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
   with pytest.raises(UserError, match="cannot be written: "):
-    loop.claim(make_config(), file / "run")
+    rundir.claim(make_config(), file / "run")
 
 
 def test_finished(tmp_path):
-  assert loop.finished(tmp_path, 5) is None
-  loop.write_result(tmp_path, {"num_steps": 5, "top1": 0.5})
-  assert loop.finished(tmp_path, 5)["top1"] == 0.5
-  assert loop.finished(tmp_path, 6) is None
+  assert rundir.finished(tmp_path, 5) is None
+  rundir.write_result(tmp_path, {"num_steps": 5, "top1": 0.5})
+  assert rundir.finished(tmp_path, 5)["top1"] == 0.5
+  assert rundir.finished(tmp_path, 6) is None
 
 
 def test_a_run_survives_kills():

@@ -24,7 +24,7 @@ from simclr_jax import (
   pretrain,
   resnet,
 )
-from simclr_jax.loop import TrainState
+from simclr_jax.train_state import TrainState
 
 BATCH = 16
 NUM_CLASSES = 3

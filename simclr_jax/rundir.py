@@ -1,0 +1,136 @@
+"""A run's directory: whose it is, whether its run is complete, its result."""
+
+import json
+import secrets
+import time
+
+import jax
+from etils import epath
+
+from simclr_jax import checkpoint, parallel
+from simclr_jax import config as config_lib
+from simclr_jax.config import UserError
+
+# A run may be continued with another value of these.
+_MAY_CHANGE = (
+  "data.data_dir",
+  "data.memory_gib",
+  "data.on_error",
+  "log_every_steps",
+  "eval_every_steps",
+  "checkpoint_every_steps",
+  "keep_checkpoints",
+  "profile_steps",
+)
+_LENGTH = ("num_epochs", "num_steps")
+DIVERGED = "diverged.json"
+
+
+def claim(config, workdir) -> None:
+  """Writes config.json into the run's directory, or checks what is there.
+
+  Every host calls it; it is also where a directory that the hosts do not share
+  is found out, and a run whose loss was not finite.
+
+  Raises:
+    UserError: the directory cannot be written, holds another run, is not shared
+      by all hosts, or the run there diverged.
+  """
+  workdir = epath.Path(workdir)
+  file, marker = workdir / "config.json", workdir / DIVERGED
+
+  def make():
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      (workdir / ".nonce").write_text(str(nonce))
+
+  def check():
+    _check_shared(workdir / ".nonce", nonce)
+    if marker.exists():
+      found = json.loads(marker.read_text())
+      raise UserError(
+        f"--workdir={workdir} holds a run that ended because at step "
+        f"{found['step']} {found['problem']}; the same command would come "
+        "there again. Take another --workdir with a lower "
+        f"config.optim.learning_rate, or remove {marker} to try once more from "
+        "the last checkpoint."
+      )
+    if file.exists():
+      stored = config_lib.from_json_tree(json.loads(file.read_text()))
+      _check_same_run(config_lib.flat(config), config_lib.flat(stored), workdir)
+
+  def write():
+    if jax.process_index() == 0:
+      draft = workdir / "config.json.draft"
+      draft.write_text(config_lib.to_json(config))
+      draft.replace(file)
+      (workdir / ".nonce").unlink()
+
+  nonce = parallel.broadcast(secrets.randbelow(2**31))
+  for action in (make, check, write):  # no host is ahead by more than one
+    problem = ""
+    try:
+      action()
+    except OSError as error:
+      reason = error.strerror or error
+      problem = f"--workdir={workdir} cannot be written: {reason}."
+    except UserError as error:
+      problem = str(error)
+    parallel.agree(problem)
+
+
+def _check_shared(file, nonce: int, *, seconds: float = 20) -> None:
+  """Waits a while: network file systems show new files late."""
+  end = time.monotonic() + seconds
+  while not (file.exists() and file.read_text() == str(nonce)):
+    if time.monotonic() > end:
+      raise UserError(
+        f"the workdir is not shared: process {jax.process_index()} does not "
+        f"see in {file.parent} what process 0 has written there. Give a "
+        "--workdir that all hosts see, on a network file system or gs://."
+      )
+    time.sleep(0.2)
+
+
+def _check_same_run(mine: dict, stored: dict, workdir) -> None:
+  changed = [
+    name
+    for name in sorted(mine.keys() | stored.keys())
+    if mine.get(name) != stored.get(name) and name not in _MAY_CHANGE
+  ]
+  length = [name for name in changed if name in _LENGTH]
+  if len(length) < len(changed):
+    shown = "; ".join(
+      f"config.{name} was {stored.get(name)!r}, is {mine.get(name)!r}"
+      for name in changed
+    )
+    raise UserError(
+      f"--workdir={workdir} holds another run: {shown}. Give the values it "
+      "has, or take another --workdir."
+    )
+  if length:
+    print(
+      f"warning: {' and '.join(length)} changed, so the learning rate of the "
+      "steps that remain follows another curve than before."
+    )
+
+
+def finished(workdir, num_steps: int) -> dict | None:
+  """Returns the result of a run that is already complete, else None."""
+  file = epath.Path(workdir) / "result.json"
+  if not file.exists():
+    return None
+  result = json.loads(file.read_text())
+  if result["num_steps"] != num_steps:
+    return None
+  print(f"{workdir} is complete: {num_steps} steps", flush=True)
+  return result
+
+
+def write_result(workdir, result: dict) -> dict:
+  """Writes result.json (host 0) and returns `result`."""
+  if jax.process_index() == 0:
+    text = json.dumps(result, indent=2) + "\n"
+    with checkpoint.writing(workdir):
+      (epath.Path(workdir) / "result.json").write_text(text)
+  return result
