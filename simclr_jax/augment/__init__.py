@@ -17,8 +17,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.augment import color, crop, pixels
-from simclr_jax.augment.blur import blur_planes, gaussian_blur
+from simclr_jax.augment import color, crop, pixels, recolor
+from simclr_jax.augment.blur import gaussian_blur
 from simclr_jax.augment.color import (
   adjust_brightness,
   adjust_contrast,
@@ -49,8 +49,6 @@ __all__ = [
   "two_views",
   "view_boxes",
 ]
-
-SIGMA_RANGE = (0.1, 2.0)
 
 # What a view draws, in this order whatever is switched on: a field that is
 # turned off changes no other draw.
@@ -158,50 +156,6 @@ def _crops(
   return jnp.swapaxes(x, 0, 1)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("amounts", "jitter", "gray", "blur"), inline=True
-)
-def _recolor(crops, draws, *, amounts, jitter, gray, blur):
-  """Crops [2, n, H, C, W] to views [2, n, H, W, C]; three probabilities."""
-  _, n, height, channels, _ = crops.shape
-  rgb, radius = channels == 3, height // 10 // 2
-  ranges = {k: v for k, v in amounts if rgb or k not in ("saturation", "hue")}
-
-  def one_view(x, draws):
-    # A number for each image, shaped to meet its planes [n, H, W].
-    u = {k: v.reshape(n, 1, 1, -1) for k, v in draws.items()}
-    planes = [x[:, :, c] for c in range(channels)]
-    if ranges and jitter:
-      drawn, times = {}, {}
-      for i, name in enumerate(color.OPS):
-        if name in ranges:
-          low, high = ranges[name]
-          unit = u["amount"][..., i].astype(x.dtype)
-          drawn[name] = low + (high - low) * unit
-          times[name] = u["time"][..., i]
-      active = u["jitter"][..., 0] < jitter
-      planes = color.jitter(planes, drawn, times, active)
-    if gray and rgb:
-      luma, on = color.grayscale(planes), u["gray"][..., 0] < gray
-      planes = [jnp.where(on, a, b) for a, b in zip(luma, planes, strict=True)]
-    planes = [jnp.clip(plane, 0, 1) for plane in planes]
-    if blur and radius:
-      low, high = SIGMA_RANGE
-      sigma = low + (high - low) * u["sigma"].reshape(-1).astype(x.dtype)
-      blurred = blur_planes(jnp.stack(planes, axis=2), sigma, radius)
-      on = u["blur"][..., 0] < blur
-      planes = [
-        jnp.where(on, jnp.clip(blurred[:, :, c], 0, 1), plane)
-        for c, plane in enumerate(planes)
-      ]
-    return planes
-
-  # One view after the other, so that the planes are written before they are
-  # interleaved: XLA's CPU backend would compute them anew for every pixel.
-  planes = jax.lax.map(lambda view: one_view(*view), (crops, draws))
-  return jnp.stack(planes, axis=-1)
-
-
 def view_boxes(
   key, *, index, sizes, area_range=AREA_RANGE, aspect_range=ASPECT_RANGE
 ):
@@ -304,7 +258,7 @@ def two_views(
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  views = _recolor(
+  views = recolor.recolor(
     crops,
     draws,
     amounts=amounts,
