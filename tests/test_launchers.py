@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -167,9 +168,34 @@ def test_without_a_command(start, script):
   assert error.startswith("usage: ")
 
 
+def kubernetes():
+  return list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.37"])
+def test_the_job_of_kubernetes_fits_the_published_schema(version):
+  service, job = kubernetes()
+  for resource in (service, job):
+    kubernetes_validate.validate(resource, version, strict=True)
+  job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] = "2"
+  with pytest.raises(kubernetes_validate.ValidationError):
+    kubernetes_validate.validate(job, version, strict=True)
+
+
+def test_what_kubernetes_does_after_an_exit_code():
+  rules = kubernetes()[1]["spec"]["podFailurePolicy"]["rules"]
+  actions = {
+    value: rule["action"]
+    for rule in rules
+    if "onExitCodes" in rule
+    for value in rule["onExitCodes"]["values"]
+  }
+  # Ignore: started again, and not counted. 1 and others: counted.
+  assert actions == {2: "FailJob", 143: "Ignore"}
+
+
 def test_the_job_of_kubernetes_is_consistent():
-  text = (LAUNCH / "kubernetes.yaml").read_text()
-  service, job = yaml.safe_load_all(text)
+  service, job = kubernetes()
   name, spec = job["metadata"]["name"], job["spec"]
   pod = spec["template"]["spec"]
   (container,) = pod["containers"]
