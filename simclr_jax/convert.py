@@ -167,8 +167,9 @@ def convert(
   found = tf_bundle.read(tensorflow_checkpoint)
   named, left_out = tf_names.select(found, ema=ema)
   if head_layer is None:
-    left_out += [name for name in named if name.startswith("head_supervised/")]
-    named = {k: v for k, v in named.items() if k not in set(left_out)}
+    classifier = {k for k in named if k.startswith("head_supervised/")}
+    left_out += sorted(classifier)
+    named = {k: v for k, v in named.items() if k not in classifier}
   arch, head = tf_names.architecture(named), tf_names.head(named)
   variables = from_tensorflow(named, **arch)
   config = _config(arch, head, head_layer, image_size)

@@ -157,10 +157,11 @@ def select(variables, *, ema: bool = False) -> tuple[dict, list[str]]:
     )
   named, left_out = {}, []
   for name, value in variables.items():
+    name = name.removesuffix(":0")
     if name.startswith(_EMA) != ema or re.search(_NOT_THE_NETWORK, name):
       left_out.append(name)
     else:
-      name = name.removeprefix(_EMA).removesuffix(":0")
+      name = name.removeprefix(_EMA)
       # A linear head is one layer without beta too, under another name.
       named[name.replace("head_contrastive/l_0/", "head_contrastive/nl_0/")] = (
         value

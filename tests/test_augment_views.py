@@ -443,3 +443,58 @@ def test_the_pipeline_has_the_official_law(stats, case):
   views = draw_many(BLOCKS, num=2000, **options)
   for name, values in statistics(views).items():
     same_law(values, stats[f"train_{case}"][name])
+
+
+def test_flips_and_blurs_are_as_frequent_as_official(stats):
+  image = np.zeros((20, 20, 3), np.float32)
+  image[8, 4] = 1  # where a flip and the radius 1 of a blur show
+  views = augment.two_views(
+    jax.random.key(2),
+    jnp.broadcast_to(image, (1000, *image.shape)),
+    size=20,
+    strength=0.0,
+    gray_probability=0.0,
+    area_range=(1.0, 1.0),
+    aspect_range=(1.0, 1.0),
+  )[..., 0]
+  same_law(views[:, 8, 15] > views[:, 8, 4], stats["flip_fraction"])
+  beside = np.maximum(views[:, 7, 4], views[:, 7, 15])
+  same_law(beside > 0, stats["blurred_fraction"])
+
+
+def test_brightness_has_the_official_factors(stats):
+  views = augment.two_views(
+    jax.random.key(3),
+    jnp.full((1000, 8, 8, 3), 0.25),
+    size=8,
+    jitter_probability=1.0,
+    contrast=0.0,
+    saturation=0.0,
+    hue=0.0,
+    gray_probability=0.0,
+  )
+  factors = np.asarray(views, np.float64)[:, 0, 0, 0] / 0.25
+  same_law(factors, stats["brightness_factor"])
+  assert 0.2 - 1e-6 <= factors.min() < 0.21
+  assert 1.79 < factors.max() <= 1.8 + 1e-6
+
+
+def test_every_entry_of_the_reference_is_compared(stats, shared):
+  """In both official codes, all but the additive brightness of SimCLRv1."""
+  with open(shared / "golden" / "d_stats.json") as file:
+    reference = json.load(file)
+  names = {
+    "boxes": "sample_distorted_bounding_box",
+    "blurred_fraction": "batch_random_blur",
+    "brightness_factor": "brightness_factor_max_delta0.8",
+  }
+  kept = {names.get(name, name) for name in stats}
+  others = {"color_jitter_only_strength1_simclrv1", "color_jitter_input"}
+  assert kept | others == set(reference["tf1"]) == set(reference["tf2"])
+  for shape, entries in reference["tf1"][names["boxes"]].items():
+    # Two runs of the official sampler differ as ours does from each.
+    for name, entry in entries.items():
+      if isinstance(entry, dict):
+        ours = stats["boxes"][shape][name]
+        error = np.hypot(ours["se"], entry["se"])
+        assert abs(ours["mean"] - entry["mean"]) <= 4 * error

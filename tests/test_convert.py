@@ -10,10 +10,21 @@ import struct
 import det
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 
-from simclr_jax import checkpoint, convert, models, tf_bundle, tf_names
+from simclr_jax import (
+  checkpoint,
+  cli,
+  convert,
+  distill,
+  finetune,
+  models,
+  pretrain,
+  tf_bundle,
+  tf_names,
+)
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 
@@ -133,6 +144,8 @@ def test_averaged_copy_slots_and_memory(golden):
   others = [*slots, "global_step", "memory", "memory_pointer", "beta1_power"]
   others += ["base_model/conv2d/kernel/Adam_1"]
   variables |= dict.fromkeys(others)
+  # Some tools list names with the number of an operation's output.
+  variables = {f"{name}:0": value for name, value in variables.items()}
   got, left_out = tf_names.select(variables)
   assert got == {name: ("last", name) for name in names}
   assert set(left_out) == {*others, *(f"ema_model/{n}" for n in network)}
@@ -389,10 +402,16 @@ def test_other_kinds_of_bundles(tmp_path, some_variables):
     tf_bundle.read(tmp_path)
 
 
-def small_network(num_classes=10):
-  """A quarter of a ResNet-18 under its official names."""
+def fast_crc32c(data):  # the bitwise one would take a minute
+  value = tf_bundle._masked_crc32c(np.frombuffer(data, np.uint8))
+  value = (value - 0xA282EAD8) & 0xFFFFFFFF
+  return (value >> 17 | value << 15) & 0xFFFFFFFF
+
+
+def small_network(num_classes=10, width=0.25):
+  """A narrow ResNet-18 under its official names."""
   model = models.make_model(
-    depth=18, width=0.25, stem="cifar", num_classes=num_classes, conv="xla"
+    depth=18, width=width, stem="cifar", num_classes=num_classes, conv="xla"
   )
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
   tree = det.variables(jax.eval_shape(model.init, jax.random.key(0), images))
@@ -407,12 +426,7 @@ def test_command_writes_a_run(tmp_path, monkeypatch, capsys, head_layer):
   variables["global_step"] = np.asarray(7)
   variables["base_model/conv2d/kernel/Momentum"] = np.zeros(3, np.float32)
 
-  def crc(data):  # the bitwise one would take a minute
-    value = tf_bundle._masked_crc32c(np.frombuffer(data, np.uint8))
-    value = (value - 0xA282EAD8) & 0xFFFFFFFF
-    return (value >> 17 | value << 15) & 0xFFFFFFFF
-
-  write_bundle(tmp_path / "model.ckpt-7", variables, crc=crc)
+  write_bundle(tmp_path / "model.ckpt-7", variables, crc=fast_crc32c)
   monkeypatch.chdir(tmp_path)
   argv = ["--tensorflow_checkpoint=model.ckpt-7", "--workdir=run"]
   names = [f"class {i}" for i in range(10)]
@@ -449,6 +463,7 @@ def test_command_writes_a_run(tmp_path, monkeypatch, capsys, head_layer):
     (["--head_layer=1", "--label_names=two"], "got 2 names, but .* 10 outputs"),
     (["--head_layer=1", "--label_names=none"], "--label_names=none: No such"),
     (["--ema"], "no averaged copy"),
+    (["--image_size=-1"], "--image_size: got -1, must be above 0"),
   ],
 )
 def test_command_refuses(tmp_path, monkeypatch, capsys, argv, message):
@@ -462,3 +477,126 @@ def test_command_refuses(tmp_path, monkeypatch, capsys, argv, message):
   error = capsys.readouterr().err
   assert re.search(message, error) and error.count("\n") == 1
   assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+  """Runs converted from one checkpoint, and gray pictures in two folders."""
+  root = tmp_path_factory.mktemp("official")
+  tree, variables = small_network(num_classes=2, width=0.0625)
+  variables |= {
+    f"ema_model/{name}": value + 1
+    for name, value in variables.items()
+    if not name.startswith("head_supervised")
+  }
+  write_bundle(root / "model.ckpt-3", variables, crc=fast_crc32c)
+  for name, options in (
+    ("pretrained", {}),
+    ("averaged", {"ema": True}),
+    ("finetuned", {"head_layer": 1, "label_names": ["a", "b"]}),
+  ):
+    convert.convert(
+      root / "model.ckpt-3", root / name, image_size=16, **options
+    )
+  rng = np.random.default_rng(0)
+  for label in "ab":
+    (root / "pictures" / label).mkdir(parents=True)
+    for i in range(8):
+      pixels = rng.integers(0, 256, (20, 20), np.uint8)
+      PIL.Image.fromarray(pixels).save(root / f"pictures/{label}/{i}.png")
+  return root, tree
+
+
+def run_stage(module, root, workdir, recipe="folder", **fields):
+  stage = module.__name__.rpartition(".")[2]
+  config = cli.load_recipe(recipe, stage=stage)
+  fields = {
+    "batch_size": 8,
+    "num_steps": 2,
+    "data.name": f"folder:{root / 'pictures'}",
+    "model.conv": "xla",
+    **fields,
+  }
+  for name, value in fields.items():
+    config_lib.set_field(config, name, value)
+  return module.train_and_evaluate(config, workdir)
+
+
+def test_pretraining_takes_over_the_network(converted):
+  root, tree = converted
+  config = cli.load_recipe("folder,depth=18", stage="pretrain")
+  config_lib.set_field(config, "pretrained", str(root / "pretrained"))
+  loaded = pretrain._resolve_network(config)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    loaded["params"]["projection_head"],
+    tree["params"]["projection_head"],
+  )
+  # The recipe says depth 50, width 1, 160 pixels and 64 outputs.
+  assert (config.model.depth, config.model.width) == (18, 0.0625)
+  assert (config.model.stem, config.head.dim) == ("cifar", 128)
+  assert (config.data.image_size, config.data.canvas_size) == (16, 16)
+
+
+@pytest.mark.slow
+def test_pretraining_goes_on_with_a_converted_network(converted):
+  root, tree = converted
+  workdir = root / "continued"
+  run_stage(
+    pretrain,
+    root,
+    workdir,
+    pretrained=str(root / "averaged"),
+    **{"optim.learning_rate": 0.0, "knn.num_neighbors": 2},
+  )
+  config, variables = checkpoint.load(workdir)
+  assert (config.model.depth, config.data.image_size) == (18, 16)
+  # Gray pictures, but the network takes three channels.
+  for part in ("encoder", "projection_head"):
+    jax.tree.map(
+      lambda got, last: np.testing.assert_allclose(got, last + 1, rtol=1e-6),
+      variables["params"][part],
+      tree["params"][part],
+    )
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("model.depth", 34, "config.model.depth is 34, but the checkpoint"),
+    ("head.num_layers", 2, "config.head.num_layers is 2, but the checkpoint"),
+    ("data.image_size", 224, "config.data.image_size is 224, but the"),
+    ("data.canvas_size", 24, "config.data.canvas_size is 24, but the"),
+  ],
+)
+def test_pretraining_refuses_another_network(converted, field, value, message):
+  root, _ = converted
+  with pytest.raises(UserError, match=message) as error:
+    run_stage(
+      pretrain,
+      root,
+      root / "refused",
+      pretrained=str(root / "pretrained"),
+      **{field: value},
+    )
+  assert "\n" not in str(error.value)
+  assert not (root / "refused").exists()
+
+
+@pytest.mark.slow
+def test_other_stages_take_a_converted_network(converted):
+  root, tree = converted
+  source = {"pretrained": str(root / "pretrained")}
+  run_stage(finetune, root, root / "tuned", head_layer=1, **source)
+  run_stage(finetune, root, root / "linear", recipe="folder,linear", **source)
+  _, linear = checkpoint.load(root / "linear")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    linear["params"]["encoder"],
+    tree["params"]["encoder"],
+  )
+  run_stage(distill, root, root / "student", teacher=str(root / "finetuned"))
+  config, student, about = checkpoint.load_described(root / "student")
+  assert (config.model.depth, config.head_layer) == (18, 1)
+  assert student["params"]["classifier"]["kernel"].shape == (512 // 16, 2)
+  assert about["label_names"] == ["a", "b"]

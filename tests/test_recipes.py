@@ -6,7 +6,7 @@ Sources: google-research/simclr README and data_util/model_util defaults,
 
 import pytest
 
-from simclr_jax import cli, optimizers
+from simclr_jax import build, cli, optimizers
 from simclr_jax import config as config_lib
 
 HEADER = "stage recipe images batch epochs steps warmup optimizer peak decay"
@@ -18,9 +18,13 @@ finetune  imagenet,linear      1281167  4096    90   28151      0  momentum  1.6
 finetune  cifar10,linear         50000   512   100    9766      0  momentum  0.2   0
 finetune  imagenet,labels=1      12811  1024    60     751      0  lars      0.16  0
 finetune  imagenet,labels=10    128116  1024    30    3754      0  lars      0.16  0
+finetune  imagenet,labels=1,big  12811  1024    60     751      0  lars      0.064 0
+finetune  imagenet,labels=10,big 128116 1024    30    3754      0  lars      0.064 0
+finetune  imagenet,big         1281167  1024    30   37535      0  lars      0.064 0
 finetune  imagenet             1281167  1024    30   37535      0  lars      0.16  0
 finetune  imagenet,supervised  1281167  4096    90   28151      0  momentum  1.6   1e-4
 distill   imagenet             1281167  4096   400  125114   6256  lars      6.4   1e-4
+distill   imagenet,small       1281167  4096   400  125114   6256  lars      6.4   1e-4
 """  # noqa: E501
 ROWS = [
   dict(zip(HEADER.split(), line.split(), strict=True))
@@ -31,7 +35,7 @@ ROWS = [
 @pytest.mark.parametrize(
   "row", ROWS, ids=lambda r: f"{r['stage']}:{r['recipe']}"
 )
-def test_numbers_are_the_published_ones(row):
+def test_numbers_are_the_published_ones(row, capsys):
   config = cli.load_recipe(row["recipe"], stage=row["stage"])
   images = int(row["images"])
   assert config.batch_size == int(row["batch"])
@@ -47,6 +51,16 @@ def test_numbers_are_the_published_ones(row):
     scaling=config.optim.scaling,
   )
   assert peak == pytest.approx(float(row["peak"]))
+  schedule = build.make_schedule(config, images, int(row["steps"]))
+  assert schedule(warmup) == pytest.approx(peak)
+  assert (
+    f"{row['stage']}: {images} images, {row['steps']} steps "
+    f"({int(row['epochs'])}" in (printed := capsys.readouterr().out)
+  )
+  assert (
+    f"{row['optimizer']}, peak learning rate {float(row['peak']):g} after "
+    f"{warmup} steps, weight decay {float(row['decay']):g}" in printed
+  )
 
 
 def test_where_fine_tuning_starts():

@@ -1,6 +1,7 @@
 """The training and evaluation images of a run, as its config names them."""
 
 import contextlib
+import dataclasses
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from simclr_jax.data.stream import Streamed
 
 
 def open_splits(
-  config, workdir
+  config, workdir, *, channels: int | None = None
 ) -> tuple[Dataset | Streamed, Dataset | Streamed | None]:
   """Opens the training and evaluation images; None without the latter.
 
@@ -28,11 +29,12 @@ def open_splits(
   Args:
     config: of a stage; `data`, `seed` and `stage` are read.
     workdir: the run's directory.
+    channels: of the network; None: as the images have them.
 
   Raises:
     UserError: a mistake in `config.data`, or a damaged image.
   """
-  train = _source(config, config.data.split)
+  train = _source(config, config.data.split, channels)
   if train.note:
     print(train.note, flush=True)
   if config.stage == "finetune" and train.labels is not None:
@@ -69,18 +71,19 @@ def open_splits(
 
   test = None
   if config.data.eval_split and train.num_classes:
-    test = _source(config, config.data.eval_split)
+    test = _source(config, config.data.eval_split, channels)
   return opened(train, "skip"), test and opened(test, "drop")
 
 
-def _source(config, split):
-  return sources.make_source(
+def _source(config, split, channels):
+  source = sources.make_source(
     config.data.name,
     split=split,
     data_dir=config.data.data_dir,
     labels=config.data.labels,
     eval_fraction=config.data.eval_fraction,
   )
+  return dataclasses.replace(source, channels=channels or source.channels)
 
 
 def _cache_dir(workdir):

@@ -36,6 +36,10 @@ def decode(
     ValueError: what is wrong with the image, without its name.
   """
   if isinstance(record, np.ndarray):
+    if record.shape[2] != channels:
+      gray = record.shape[2] == 1
+      image = PIL.Image.fromarray(record[..., 0] if gray else record)
+      return _decode_pillow(image, channels=channels, max_size=max_size)
     return _shrink_pixels(record, max_size)
   if not record:
     raise ValueError("the image is empty (0 bytes)")
