@@ -8,8 +8,8 @@ import numpy as np
 from simclr_jax import augment, data, parallel
 
 
-def make_predict(model, *, size: int, dtype, outputs: tuple[str, ...]):
-  """Maps inference over all devices.
+def make_stream(model, *, size: int, dtype, outputs: tuple[str, ...]):
+  """Maps inference over all devices, one batch after the other.
 
   Args:
     model: from `models.make_model`.
@@ -18,37 +18,65 @@ def make_predict(model, *, size: int, dtype, outputs: tuple[str, ...]):
     outputs: which of the network's outputs to return, such as ("h", "logits").
 
   Returns:
-    predict(variables, dataset, *, batch_size) -> {name: numpy [N, ...]}: rows
-    in the order of the dataset, each once, the same on every host. `variables`
-    are replicated.
+    stream(variables, dataset, *, batch_size, start=0), which yields {name:
+    numpy [n, ...]}: n = batch_size rows, fewer at the end, in the order of the
+    dataset from `start` on, each once, the same on every host. Beside
+    `outputs` there is "label", and "replaced" where the dataset has it.
+    `variables` are replicated.
   """
 
   def forward(variables, batch):
     images = augment.eval_view(
-      batch["image"], size=size, sizes=batch["size"]
+      batch.pop("image"), size=size, sizes=batch.pop("size")
     ).astype(dtype)
     result = model.apply(variables, images, train=False)
     gather = functools.partial(
       jax.lax.all_gather, axis_name=parallel.AXIS, tiled=True
     )
-    return {name: gather(result[name]) for name in outputs}
+    return jax.tree.map(gather, batch | {k: result[k] for k in outputs})
 
   mapped = parallel.pmap(forward)
 
-  def predict(variables, dataset, *, batch_size: int) -> dict:
+  def stream(variables, dataset, *, batch_size: int, start: int = 0):
     batches = data.eval_batches(
       dataset,
       batch_size=batch_size,
+      start=start,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    parts = []
+    missing, waiting = len(dataset) - start, None
+
+    def rows(out):
+      nonlocal missing
+      found = jax.tree.map(lambda x: x[:missing], parallel.unreplicate(out))
+      missing -= batch_size
+      return found
+
     for batch in parallel.prefetch(batches):
-      out = mapped(variables, {k: batch[k] for k in ("image", "size")})
-      parts.append(parallel.unreplicate(out))
+      batch.pop("weight")
+      out = mapped(variables, batch)
+      if waiting is not None:  # read while the next one is computed
+        yield rows(waiting)
+      waiting = out
+    if waiting is not None:
+      yield rows(waiting)
+
+  return stream
+
+
+def make_predict(model, *, size: int, dtype, outputs: tuple[str, ...]):
+  """As `make_stream`, for what fits the memory.
+
+  Returns:
+    predict(variables, dataset, *, batch_size) -> {name: numpy [N, ...]}.
+  """
+  stream = make_stream(model, size=size, dtype=dtype, outputs=outputs)
+
+  def predict(variables, dataset, *, batch_size: int) -> dict:
+    parts = list(stream(variables, dataset, batch_size=batch_size))
     return {
-      name: np.concatenate([part[name] for part in parts])[: len(dataset)]
-      for name in outputs
+      name: np.concatenate([part[name] for part in parts]) for name in outputs
     }
 
   return predict

@@ -42,7 +42,7 @@ LAYERS = (
       "watchdog",
     },
   ),
-  ("of a run", {"diagnostics", "rundir"}),
+  ("of a run", {"diagnostics", "overview", "rundir"}),
   (
     "middle",
     {

@@ -56,7 +56,7 @@ def requirements(project, *extras):
 
 
 def test_every_requirement_is_a_range_and_pinned_within_it(pyproject, pins):
-  extras = ("fast", "tensorboard", "test")
+  extras = ("export", "fast", "tensorboard", "test")
   for requirement in requirements(pyproject["project"], *extras):
     assert ">=" in str(requirement.specifier), requirement
     for python in PYTHONS:

@@ -104,6 +104,7 @@ def eval_batches(
   dataset: Dataset | Streamed,
   *,
   batch_size: int,
+  start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -115,6 +116,7 @@ def eval_batches(
   Args:
     dataset: a `Dataset` or `Streamed`, or what has `len` and `gather(indices)`.
     batch_size: of the global batch, a multiple of process_count.
+    start: the first example.
     process_index: this host, from 0.
     process_count: number of hosts.
 
@@ -125,8 +127,8 @@ def eval_batches(
   block = _host_block(batch_size, process_index, process_count)
 
   def batches():
-    for start in range(0, len(dataset), batch_size):
-      positions = np.arange(start, start + batch_size)[block]
+    for first in range(start, len(dataset), batch_size):
+      positions = np.arange(first, first + batch_size)[block]
       is_real = positions < len(dataset)
       batch = dataset.gather(np.where(is_real, positions, 0))
       yield {**batch, "weight": is_real.astype(np.float32)}

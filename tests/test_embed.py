@@ -1,0 +1,298 @@
+"""Features in a file: their values, resuming, damage, memory, messages."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+from made_run import apply, make_run
+
+from simclr_jax import augment, embed, feature_file, network
+from simclr_jax.config import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NUM = 37
+BATCH = 16
+
+
+def write_images(folder, num, *, classes=("cat", "dog"), side=8):
+  rng = np.random.default_rng(0)
+  for name in classes:
+    (folder / name).mkdir(parents=True)
+  for i in range(num):
+    low, high = np.sort(rng.integers(0, 256, (2, 3)), axis=0)
+    pixels = rng.integers(low, high + 1, (side, side, 3)).astype(np.uint8)
+    name = folder / classes[i % len(classes)] / f"{i:05}.png"
+    PIL.Image.fromarray(pixels).save(name)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(folder, settings, variables): run/ knows cow and dog, images/ cat, dog."""
+  folder = tmp_path_factory.mktemp("embed")
+  settings, variables = make_run(
+    folder / "run", num_classes=2, names=["cow", "dog"]
+  )
+  write_images(folder / "images", NUM)
+  return folder, settings, variables
+
+
+def run(made, output, **options):
+  folder = made[0]
+  options = {"batch_size": BATCH} | options
+  return embed.embed(
+    folder / "run", f"folder:{folder / 'images'}", output, **options
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(made):
+  path = made[0] / "whole.npz"
+  return run(made, path), path
+
+
+def test_a_row_is_what_the_network_says_of_that_file(made, whole):
+  folder, settings, variables = made
+  result, path = whole
+  assert (result["num_images"], result["num_skipped"]) == (NUM, 0)
+  with np.load(path, allow_pickle=False) as file:
+    got = dict(file)
+  assert set(got) == {
+    *("features", "files", "labels", "predictions", "label_names", "about")
+  }
+  assert len(set(got["files"])) == NUM
+  images = np.stack(
+    [np.asarray(PIL.Image.open(folder / "images" / f)) for f in got["files"]]
+  )
+  views = augment.eval_view(images, size=8)
+  want = apply(settings, variables, views, num_classes=2)
+  assert got["features"].dtype == np.float32
+  np.testing.assert_allclose(got["features"], want["h"], atol=2e-5)
+  assert np.std(want["h"], axis=0).max() > 0.01  # images do differ
+  np.testing.assert_array_equal(got["predictions"], want["logits"].argmax(1))
+  # The classifier's names come first, then what only the folder has.
+  assert got["label_names"].tolist() == ["cow", "dog", "cat"]
+  folders = [got["label_names"][k] for k in got["labels"]]
+  assert folders == [f.split("/")[0] for f in got["files"]]
+
+
+def test_what_made_the_file_stands_in_it(made, whole):
+  _, path = whole
+  about = feature_file.read(path).about
+  assert about["checkpoint"]["step"] == 7
+  assert about["layer"] == "h"
+  assert about["versions"]["jax"]
+  assert about["device"].startswith("8 x ")
+  assert "commit" in about
+
+
+@pytest.mark.parametrize("layer, size", [("head_1", 32), ("z", 8)])
+def test_other_layers_and_parquet(made, tmp_path, layer, size):
+  run(made, tmp_path / "a.npz", layer=layer)
+  run(made, tmp_path / "a.parquet", layer=layer)
+  a, b = (feature_file.read(tmp_path / f"a.{s}") for s in ("npz", "parquet"))
+  assert a.features.shape == (NUM, size)
+  for field in ("features", "labels", "predictions"):
+    np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    assert getattr(a, field).dtype == getattr(b, field).dtype
+  assert a.label_names == b.label_names
+  assert a.about == b.about
+
+
+class Stop(Exception):
+  """Stands for whatever ends a process."""
+
+
+def stop_after(monkeypatch, num_batches):
+  """Has the stream end so; returns the list of what it was asked for."""
+  real, starts = network.stream, []
+
+  def stream(*args, start, **options):
+    starts.append(start)
+    for i, rows in enumerate(real(*args, start=start, **options)):
+      if i == num_batches:
+        raise Stop
+      yield rows
+
+  monkeypatch.setattr(network, "stream", stream)
+  return starts
+
+
+def test_the_same_command_continues(made, whole, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(embed, "_PART_SECONDS", 0)  # a part a batch
+  output = tmp_path / "out.npz"
+  with monkeypatch.context() as patch:
+    stop_after(patch, 2)
+    with pytest.raises(Stop):
+      run(made, output)
+  assert not output.exists()
+  parts = sorted((tmp_path / "out.npz.parts").glob("*.npz"))
+  assert len(parts) == 2
+  before = [part.read_bytes() for part in parts]
+
+  with pytest.raises(UserError, match=r"another command's.*other: layer"):
+    run(made, output, layer="z")
+  assert [part.read_bytes() for part in parts] == before
+
+  starts = stop_after(monkeypatch, 99)
+  run(made, output)
+  assert starts == [2 * BATCH]
+  assert "continuing after 32 images" in capsys.readouterr().out
+  assert list(tmp_path.iterdir()) == [output]
+  with np.load(output) as got, np.load(whole[1]) as want:
+    for name in ("features", "files", "labels", "predictions"):
+      np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_two_processes_do_not_write_the_same_file(made, tmp_path):
+  parts = tmp_path / "out.npz.parts"
+  with embed._claimed(parts, {"a": 1}):
+    with pytest.raises(UserError, match="written by another process"):
+      run(made, tmp_path / "out.npz")
+
+
+def test_a_damaged_image(made, tmp_path, whole):
+  folder = tmp_path / "images"
+  write_images(folder, NUM)
+  (folder / "dog" / "00021.png").write_bytes(b"no image")
+  mine = (made[0] / "run", f"folder:{folder}", tmp_path / "out.npz")
+  with pytest.raises(UserError, match=r"dog/00021\.png.*--on_error=skip"):
+    embed.embed(*mine, batch_size=BATCH)
+  result = embed.embed(*mine, batch_size=BATCH, on_error="skip")
+  assert (result["num_images"], result["num_skipped"]) == (NUM - 1, 1)
+  with np.load(mine[2]) as got, np.load(whole[1]) as want:
+    good = want["files"] != "dog/00021.png"
+    assert good.sum() == NUM - 1
+    for name in ("features", "files", "labels", "predictions"):
+      np.testing.assert_array_equal(got[name], want[name][good])
+
+
+def test_a_network_without_a_classifier(tmp_path):
+  make_run(tmp_path / "run", stage="pretrain", channels=1)
+  embed.embed(
+    tmp_path / "run", "digits", tmp_path / "d.npz", split="test", batch_size=120
+  )
+  found = feature_file.read(tmp_path / "d.npz")
+  assert found.features.shape == (360, 32)
+  assert found.predictions is None
+  assert found.label_names == tuple("0123456789")
+  assert np.bincount(found.labels).min() > 30
+  with np.load(tmp_path / "d.npz") as file:
+    assert file["files"][359] == "digits/test/359"
+
+
+def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path):
+  taken = tmp_path / "taken.npz"
+  taken.write_text("mine")
+  with pytest.raises(UserError, match=r"taken\.npz exists already"):
+    run(made, taken)
+  assert taken.read_text() == "mine"
+  out = tmp_path / "x.npz"
+  for options, message in (
+    ({"layer": "head_3"}, "this network has h, head_1, head_2, z"),
+    ({"batch_size": 12}, "multiple of the 8 devices"),
+    ({"on_error": "drop"}, 'allowed are "raise" and "skip"'),
+    ({"split": "tset"}, 'no split "tset"'),
+  ):
+    with pytest.raises(UserError, match=message):
+      run(made, out, **options)
+  with pytest.raises(UserError, match=r"ends in \.npz or \.parquet"):
+    run(made, tmp_path / "x.csv")
+  with pytest.raises(UserError, match="--data: there is no folder"):
+    embed.embed(made[0] / "run", f"folder:{tmp_path}/none", out)
+  with pytest.raises(UserError, match=r"--data: .* 3 channels.*gray"):
+    embed.embed(made[0] / "run", "digits", out)
+  with pytest.raises(UserError, match=r"--checkpoint: .*no checkpoints"):
+    embed.embed(tmp_path, "digits", out)
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left <= {"taken.npz", "x.npz.parts"}
+  assert not list(tmp_path.glob("x.npz.parts/*.npz"))
+
+
+def test_the_command_ends_with_2(tmp_path, capsys):
+  with pytest.raises(SystemExit) as end:
+    embed.main(
+      [
+        f"--checkpoint={tmp_path}/no",
+        "--data=digits",
+        f"--output={tmp_path}/a.npz",
+      ]
+    )
+  assert end.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: --checkpoint: there is no directory")
+  assert error.count("\n") == 1
+
+
+# -- programs -----------------------------------------------------------------
+
+# Parts of a second, and the memory that has been in use at most.
+PROGRAM = """
+import resource, sys
+from simclr_jax import embed
+embed._PART_SECONDS = 1
+embed.main(sys.argv[1:])
+print("MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def start(folder, images, output):
+  argv = [
+    f"--checkpoint={folder / 'run'}",
+    f"--data=folder:{images}",
+    f"--output={output}",
+    "--batch_size=64",
+  ]
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  return subprocess.Popen(
+    [sys.executable, "-c", PROGRAM, *argv],
+    cwd=ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process):
+  out, _ = process.communicate(timeout=400)
+  assert process.returncode == 0
+  return out
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_in_flat_memory_and_killed(tmp_path):
+  """As many pixels as 1,000 need, not ten times; and -9 in the middle."""
+  # On canvases of 128 pixels, 10,000 take 470 MiB.
+  make_run(
+    tmp_path / "run", num_classes=2, names=["a", "b"], data__canvas_size=128
+  )
+  write_images(tmp_path / "many", 10_000, side=128)
+  write_images(tmp_path / "few", 1_000, side=128)
+  peak = {}
+  for name in ("few", "many"):
+    out = finish(start(tmp_path, tmp_path / name, tmp_path / f"{name}.npz"))
+    peak[name] = int(out.split("MiB")[1])
+  assert peak["many"] < peak["few"] + 60, peak
+  print(f"peak MiB: {peak}")
+
+  killed = tmp_path / "killed.npz"
+  process = start(tmp_path, tmp_path / "many", killed)
+  end = time.monotonic() + 200
+  while not list(tmp_path.glob("killed.npz.parts/*.npz")):
+    assert time.monotonic() < end and process.poll() is None
+    time.sleep(0.05)
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert not killed.exists()
+  assert "continuing after" in finish(
+    start(tmp_path, tmp_path / "many", killed)
+  )
+  with np.load(killed) as got, np.load(tmp_path / "many.npz") as want:
+    assert len(got["files"]) == 10_000
+    for name in ("features", "files", "labels", "predictions"):
+      np.testing.assert_array_equal(got[name], want[name])
