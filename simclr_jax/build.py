@@ -1,7 +1,6 @@
 """From a config to the things a stage trains with: data, network, state."""
 
 import functools
-import importlib.metadata
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from simclr_jax import (
   parallel,
   predict,
   probes,
+  provenance,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -157,9 +157,9 @@ def make_model(config, *, num_classes: int | None, **options):
 def init(config, model, train: data.Dataset) -> dict:
   """Random variables {"params", "batch_stats"} as numpy."""
   size, channels = config.data.image_size, train.channels
-  images = jnp.zeros((2, size, size, channels), config.model.dtype)
-  variables = jax.jit(model.init)(jax.random.key(config.seed), images)
-  return jax.tree.map(np.asarray, variables)
+  shape = (1, size, size, channels)
+  images = jax.ShapeDtypeStruct(shape, jnp.dtype(config.model.dtype))
+  return models.init(model, jax.random.key(config.seed), images)
 
 
 def init_state(variables: dict, optimizer) -> TrainState:
@@ -213,7 +213,6 @@ def host_batches(config, dataset: data.Dataset, num_steps: int):
 
 def result(config, *, protocol: str, metrics: dict, num_steps: int) -> dict:
   """What result.json holds; accuracies are fractions in [0, 1] or null."""
-  device = jax.devices()[0]
   return {
     "stage": config.stage,
     "dataset": config.data.name,
@@ -229,10 +228,7 @@ def result(config, *, protocol: str, metrics: dict, num_steps: int) -> dict:
       for k, v in metrics.items()
       if k not in ("top1", "top5", "images_per_second", "seconds")
     },
-    "device": f"{jax.device_count()} x {device.device_kind}",
-    "versions": {
-      name: importlib.metadata.version(name) for name in ("jax", "flax")
-    },
+    **provenance.provenance(),
   }
 
 

@@ -18,6 +18,7 @@ from simclr_jax import (
   loop,
   losses,
   optimizers,
+  overview,
   parallel,
   rundir,
 )
@@ -147,12 +148,14 @@ def train_and_evaluate(config, workdir) -> dict:
     config, num_classes=len(label_names), head_layer=config.head_layer
   )
   variables = build.init(config, model, train)
+  loaded = None
   if config.pretrained:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )
   schedule = build.make_schedule(config, len(train), num_steps)
+  overview.show(config, variables["params"], loaded=loaded and loaded["params"])
   optimizer = optimizers.make_optimizer(
     config.optim.name,
     learning_rate=schedule,

@@ -18,6 +18,7 @@ from simclr_jax import (
   losses,
   models,
   optimizers,
+  overview,
   parallel,
   rundir,
 )
@@ -106,17 +107,24 @@ def train_and_evaluate(config, workdir) -> dict:
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )
+  trainable = models.trainable(
+    variables["params"],
+    freeze_after_block=config.freeze_after_block,
+    train_head_layer=config.train_head_layer,
+    head_layer=config.head_layer,
+  )
   schedule = build.make_schedule(config, len(train), num_steps)
+  overview.show(
+    config,
+    variables["params"],
+    trainable=trainable,
+    loaded=loaded and loaded["params"],
+  )
   optimizer = optimizers.make_optimizer(
     config.optim.name,
     learning_rate=schedule,
     weight_decay=config.optim.weight_decay,
-    trainable=models.trainable(
-      variables["params"],
-      freeze_after_block=config.freeze_after_block,
-      train_head_layer=config.train_head_layer,
-      head_layer=config.head_layer,
-    ),
+    trainable=trainable,
   )
   state, metrics = loop.run(
     build.init_state(variables, optimizer),

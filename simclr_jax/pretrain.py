@@ -19,6 +19,7 @@ from simclr_jax import (
   loop,
   losses,
   optimizers,
+  overview,
   parallel,
   predict,
   probes,
@@ -84,6 +85,28 @@ def train_step(
   return state, metrics | norms
 
 
+def make_step(config, model, optimizer, *, probe: bool):
+  """`train_step` with everything bound that a resolved config says."""
+  return functools.partial(
+    train_step,
+    model=model,
+    optimizer=optimizer,
+    views_fn=functools.partial(
+      augment.two_views,
+      size=config.data.image_size,
+      dtype=build.view_dtype(config),
+      **config.augment,
+    ),
+    nt_xent_fn=functools.partial(
+      losses.nt_xent,
+      temperature=config.loss.temperature,
+      block_size=config.loss.block_size or None,
+      axis_name=parallel.AXIS,
+    ),
+    probe=probe,
+  )
+
+
 def train_and_evaluate(config, workdir) -> dict:
   """Pretrains as `config` says and evaluates with kNN and the probe.
 
@@ -122,29 +145,13 @@ def train_and_evaluate(config, workdir) -> dict:
       variables, loaded, new=("classifier",), where=config.pretrained
     )
   schedule = build.make_schedule(config, len(train), num_steps)
+  overview.show(config, variables["params"], loaded=loaded and loaded["params"])
   optimizer = optimizers.make_optimizer(
     config.optim.name,
     learning_rate=schedule,
     weight_decay=config.optim.weight_decay,
   )
-  step_fn = functools.partial(
-    train_step,
-    model=model,
-    optimizer=optimizer,
-    views_fn=functools.partial(
-      augment.two_views,
-      size=config.data.image_size,
-      dtype=build.view_dtype(config),
-      **config.augment,
-    ),
-    nt_xent_fn=functools.partial(
-      losses.nt_xent,
-      temperature=config.loss.temperature,
-      block_size=config.loss.block_size or None,
-      axis_name=parallel.AXIS,
-    ),
-    probe=probe,
-  )
+  step_fn = make_step(config, model, optimizer, probe=probe)
   pairs = config.batch_size
   _, metrics = loop.run(
     build.init_state(variables, optimizer),
