@@ -5,7 +5,28 @@ import warnings
 import numpy as np
 from sklearn import decomposition, manifold
 
+from simclr_jax import diagnostics
 from simclr_jax.report.run import Missing, Run
+
+
+def notes(run: Run) -> list[tuple[int, str]]:
+  """(step, text) of what the run said about its numbers while it trained."""
+  options = {}
+  if "contrastive_accuracy" in run.metrics:
+    options = {
+      "num_pairs": run.config.get("batch_size", 0),
+      "temperature": run.config.get("loss.temperature", 1.0),
+    }
+    if "learning_rate" in run.metrics:  # highest where the warm-up ends
+      steps, rates = run.metrics["learning_rate"]
+      options["warmup_steps"] = int(steps[np.argmax(rates)])
+  advice = diagnostics.Advice(**options)
+  return [
+    (line["step"], text)
+    for line in run.lines
+    if "loss" in line
+    for text in advice(line["step"], line)
+  ]
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -19,7 +40,8 @@ def similarities(run: Run) -> tuple[np.ndarray, str]:
   """Cosines [n, n] of a batch, and what its rows and columns are.
 
   Of z between the two views of p pairs, which is what NT-Xent compares; where
-  there is one view, of h between evaluation images sorted by class.
+  there is one view, of h less its mean between images sorted by class (after
+  ReLU all of h would be alike).
   """
   if "z" in run.samples:
     z1, z2 = np.split(unit(run.samples["z"]), 2)
@@ -29,7 +51,7 @@ def similarities(run: Run) -> tuple[np.ndarray, str]:
   features, labels = run.need("features", "labels")
   some = np.linspace(0, len(features) - 1, min(64, len(features))).astype(int)
   some = some[np.argsort(labels[some], kind="stable")]
-  h = unit(features[some])
+  h = unit(features[some] - features.mean(0))
   return h @ h.T, "images"
 
 

@@ -57,6 +57,7 @@ def render(run: Run, others=()) -> str:
     samples=run.samples,
     names=run.label_names,
     differences=section(run_lib.differences, run),
+    notes=findings.notes(run),
     curves=section(_curves, run),
     views=section(_views, run),
     similarity=section(_similarity, run),
@@ -71,6 +72,8 @@ def render(run: Run, others=()) -> str:
 def _curves(run: Run) -> dict[str, list[tuple[str, str]]]:
   """{"main": [(title, svg)], "more": [(title, svg)]}."""
   left = dict(run.metrics)
+  if _same(left.get("loss"), left.get("distillation_loss")):
+    del left["distillation_loss"]
   if not left:
     why = run.missing.get("metrics.jsonl", "metrics.jsonl has no lines yet.")
     raise Missing(why)
@@ -96,20 +99,23 @@ def _curves(run: Run) -> dict[str, list[tuple[str, str]]]:
   return plotted
 
 
+def _same(a, b) -> bool:
+  return a is not None and b is not None and np.array_equal(a, b)
+
+
 def _anchors(run: Run) -> dict[str, tuple[float, str]]:
   """What a network that knows nothing would have."""
+  anchors = {}
+  if (num_classes := len(run.label_names)) > 1:
+    anchors["Loss"] = math.log(num_classes), "uniform"
+    anchors["Accuracy of the batch"] = 1 / num_classes, "chance"
   if "contrastive_accuracy" in run.metrics:
     pairs = run.config["batch_size"]
-    uniform, chance = metrics_lib.uniform_loss(pairs), 1 / pairs
-  elif (num_classes := len(run.label_names)) > 1:
-    uniform, chance = math.log(num_classes), 1 / num_classes
-  else:
-    return {}
-  chance_line = (chance, f"chance {chance:.2g}")
+    anchors["Loss"] = metrics_lib.uniform_loss(pairs), "uniform"
+    anchors["Contrastive accuracy"] = 1 / pairs, "chance"
   return {
-    "Loss": (uniform, f"uniform {uniform:.4g}"),
-    "Contrastive accuracy": chance_line,
-    "Accuracy of the batch": chance_line,
+    title: (value, f"{word} {value:.4g}")
+    for title, (value, word) in anchors.items()
   }
 
 

@@ -44,6 +44,7 @@ _STYLE = {
   "ytick.labelcolor": _TEXT,
 }
 _MOST_POINTS = 1000  # of a curve
+_LINE = 60  # characters beside each other in a legend
 _MOST_NAMES = 20  # of classes in a legend or on an axis
 
 
@@ -90,14 +91,19 @@ def curves(
     for label, (steps, values) in series.items():
       every = -(-len(steps) // _MOST_POINTS)
       few = "o" if len(steps) < 25 else ""
+      label = f"{label} {values[-1]:.4g}"
       axes.plot(steps[::every], values[::every], few + "-", ms=3.5, label=label)
+    axes.set_xlim(0, 1.02 * max(steps[-1] for steps, _ in series.values()))
     if line:
       axes.axhline(line[0], color=_TEXT, lw=1, ls="--", label=line[1])
     if log and all((values > 0).all() for _, values in series.values()):
       axes.set_yscale("log")
+      axes.yaxis.set_major_formatter("{x:g}")
+      axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("step")
-    if line or len(series) > 1:
-      figure.legend(loc="outside upper left", ncols=3, fontsize=8.5)
+    _, labels = axes.get_legend_handles_labels()
+    columns = _LINE // (max(map(len, labels)) + 7)
+    figure.legend(loc="outside upper left", ncols=max(1, columns), fontsize=8.5)
 
   return _svg(draw, name=name, title=title, size=(4.4, 2.7))
 
@@ -162,7 +168,7 @@ def bars(values, names, *, name: str, title: str, mean: float) -> str:
     axes.barh(range(len(values)), values, color=_SERIES[0], height=0.7)
     axes.axvline(mean, color=_TEXT, lw=1, ls="--", label=f"all: {mean:.1%}")
     for i, value in enumerate(values):
-      axes.text(value, i, f" {value:.0%}", va="center", fontsize=8.5)
+      axes.text(1.02, i, f"{value:.0%}", va="center", fontsize=8.5)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -170,7 +176,7 @@ def bars(values, names, *, name: str, title: str, mean: float) -> str:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     figure.legend(loc="outside upper left", fontsize=8.5)
 
-  height = max(2.7, 0.9 + 0.22 * len(values))
+  height = max(4.2, 0.9 + 0.22 * len(values))
   return _svg(draw, name=name, title=title, size=(4.4, height))
 
 
@@ -206,7 +212,7 @@ def scatter(
         if image.shape[-1] == 1:
           image = np.repeat(image, 3, -1)
         box = offsetbox.OffsetImage(
-          image, zoom=18 / len(image), interpolation="none"
+          image, zoom=16 / len(image), interpolation="none"
         )
         color = _SERIES[labels[i] % 10] if labels[i] >= 0 else _TEXT
         axes.add_artist(
@@ -221,13 +227,13 @@ def scatter(
         figure.legend(
           loc="outside lower center",
           ncols=5 if _long(names) else 10,
-          fontsize=9,
-          handletextpad=0.1,
-          columnspacing=1,
+          fontsize=9.5,
+          handletextpad=0,
+          columnspacing=0.8,
           markerscale=1.6,
         )
 
-  size = (2.6, 2.4) if thumbnails is None else (5.6, 5.2)
+  size = (2.6, 2.4) if thumbnails is None else (4.8, 4.7)
   return _svg(draw, name=name, title=title, size=size)
 
 

@@ -1,6 +1,8 @@
 """What a run has left in its directory, and the runs it came from."""
 
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import zipfile
@@ -8,7 +10,7 @@ import zipfile
 import numpy as np
 from etils import epath
 
-from simclr_jax import cli
+from simclr_jax import cli, rundir
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 
@@ -26,16 +28,18 @@ class Run:
   Attributes:
     workdir: its directory.
     config: flat, "optim.name" -> value.
-    metrics: name -> (steps, values), from metrics.jsonl.
+    lines: of metrics.jsonl.
     result: of result.json.
+    diverged: "step" and "problem" of a run that ended by itself.
     samples: of report.npz; see `snapshots.take`.
     missing: file name -> reason.
   """
 
   workdir: epath.Path
   config: dict
-  metrics: dict[str, tuple[np.ndarray, np.ndarray]]
+  lines: list[dict]
   result: dict
+  diverged: dict
   samples: dict[str, np.ndarray]
   missing: dict[str, str]
 
@@ -43,6 +47,18 @@ class Run:
   def name(self) -> str:
     """The last part of the directory."""
     return self.workdir.name
+
+  @functools.cached_property
+  def metrics(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (steps, values) of every number in metrics.jsonl."""
+    series: dict[str, list] = {}
+    for line in self.lines:
+      for name in line.keys() - {"step"}:
+        if isinstance(line[name], int | float):
+          series.setdefault(name, []).append((line["step"], line[name]))
+    return {
+      name: tuple(np.array(points, float).T) for name, points in series.items()
+    }
 
   @property
   def label_names(self) -> list[str]:
@@ -96,8 +112,9 @@ def read(workdir) -> Run:
   return Run(
     workdir=workdir,
     config=config,
-    metrics=content("metrics.jsonl", _metrics, {}),
+    lines=content("metrics.jsonl", _lines, []),
     result=content("result.json", _json, {}),
+    diverged=content(rundir.DIVERGED, _json, {}),
     samples=content(SAMPLES, _arrays, {}),
     missing=missing,
   )
@@ -112,20 +129,14 @@ def _arrays(file) -> dict:
     return dict(arrays)
 
 
-def _metrics(file) -> dict:
-  series: dict[str, list] = {}
-  for line in file.read_text().splitlines():
-    try:
-      values = json.loads(line)
-      step = values.pop("step")
-    except (ValueError, KeyError, AttributeError):
-      continue  # torn by a kill
-    for name, value in values.items():
-      if isinstance(value, int | float):
-        series.setdefault(name, []).append((step, value))
-  return {
-    name: tuple(np.array(points, float).T) for name, points in series.items()
-  }
+def _lines(file) -> list[dict]:
+  lines = []
+  for text in file.read_text().splitlines():
+    with contextlib.suppress(ValueError):  # torn by a kill
+      line = json.loads(text)
+      if isinstance(line, dict) and "step" in line:
+        lines.append(line)
+  return lines
 
 
 def chain(run: Run) -> tuple[list[Run], str]:
