@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax import (
-  augment,
   build,
   checkpoint,
   cli,
@@ -18,17 +17,21 @@ from simclr_jax import (
   diagnostics,
   loop,
   losses,
+  memory,
   optimizers,
   overview,
   parallel,
   predict,
   probes,
   rundir,
+  snapshots,
+  supcon,
 )
 from simclr_jax import config as config_lib
 from simclr_jax import (
   metrics as metrics_lib,
 )
+from simclr_jax.config import UserError
 
 
 def train_step(
@@ -87,24 +90,39 @@ def train_step(
 
 def make_step(config, model, optimizer, *, probe: bool):
   """`train_step` with everything bound that a resolved config says."""
-  return functools.partial(
-    train_step,
-    model=model,
-    optimizer=optimizer,
-    views_fn=functools.partial(
-      augment.two_views,
-      size=config.data.image_size,
-      dtype=build.view_dtype(config),
-      **config.augment,
-    ),
-    nt_xent_fn=functools.partial(
-      losses.nt_xent,
-      temperature=config.loss.temperature,
-      block_size=config.loss.block_size or None,
-      axis_name=parallel.AXIS,
-    ),
-    probe=probe,
+  network = {
+    "model": model,
+    "views_fn": build.two_views(config),
+  }
+  options = {
+    "temperature": config.loss.temperature,
+    "axis_name": parallel.AXIS,
+  }
+  nt_xent_fn = functools.partial(
+    losses.nt_xent, block_size=config.loss.block_size or None, **options
   )
+  step_fn = functools.partial(
+    train_step,
+    optimizer=optimizer,
+    nt_xent_fn=nt_xent_fn,
+    probe=probe,
+    **network,
+  )
+  if config.loss.name == "supcon":
+    return functools.partial(
+      supcon.train_step,
+      step_fn=step_fn,
+      supcon_fn=functools.partial(supcon.supervised_contrastive, **options),
+    )
+  if config.memory.size:
+    return functools.partial(
+      memory.train_step,
+      step_fn=step_fn,
+      nt_xent_fn=nt_xent_fn,
+      momentum=config.memory.momentum,
+      **network,
+    )
+  return step_fn
 
 
 def train_and_evaluate(config, workdir) -> dict:
@@ -127,6 +145,7 @@ def train_and_evaluate(config, workdir) -> dict:
     config, workdir, channels=build.channels(loaded)
   )
   build.refuse_few(config, train)
+  _check_labels_and_memory(config, train)
   num_steps = config_lib.num_steps(config, len(train))
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
@@ -152,9 +171,18 @@ def train_and_evaluate(config, workdir) -> dict:
     weight_decay=config.optim.weight_decay,
   )
   step_fn = make_step(config, model, optimizer, probe=probe)
-  pairs = config.batch_size
-  _, metrics = loop.run(
-    build.init_state(variables, optimizer),
+  state = build.init_state(variables, optimizer)
+  if config.memory.size:
+    state = memory.remember(
+      state,
+      size=config.memory.size,
+      dim=config.head.dim,
+      dtype=build.view_dtype(config),
+    )
+  # The memory's negatives count like those of a larger batch.
+  pairs = config.batch_size + config.memory.size // 2
+  state, metrics = loop.run(
+    state,
     step_fn,
     build.host_batches(config, train, num_steps),
     config=config,
@@ -164,7 +192,7 @@ def train_and_evaluate(config, workdir) -> dict:
     learning_rate=schedule,
     anchors={
       "loss": f"uniform {metrics_lib.uniform_loss(pairs):.4g}",
-      "contrastive_accuracy": f"chance {1 / pairs:.2g}",
+      "contrastive_accuracy": f"chance {1 / config.batch_size:.2g}",
     },
     advice=diagnostics.Advice(
       num_pairs=pairs,
@@ -173,10 +201,32 @@ def train_and_evaluate(config, workdir) -> dict:
     ),
     extra={"label_names": list(train.label_names)},
   )
-  return rundir.write_result(
+  result = rundir.write_result(
     workdir,
     build.result(config, protocol="knn", metrics=metrics, num_steps=num_steps),
   )
+  snapshots.save(
+    workdir,
+    config,
+    state,
+    model=model,
+    train=train,
+    test=test,
+    views_fn=build.two_views(config),
+  )
+  return result
+
+
+def _check_labels_and_memory(config, train) -> None:
+  if config.loss.name == "supcon" and not train.num_classes:
+    raise UserError(
+      f"config.loss.name=supcon needs labels, and {config.data.name} has none."
+    )
+  if config.memory.size > len(train):
+    raise UserError(
+      f"config.memory.size is {config.memory.size}, but there are {len(train)} "
+      "images: most of them would be told from themselves; take a fraction."
+    )
 
 
 def _resolve_network(config) -> dict | None:
