@@ -166,6 +166,8 @@ _NOT_NEGATIVE = (
   "labels_per_class",
   "knn.bank_size",
   "loss.label_weight",
+  "memory.size",
+  "memory.momentum",
 )
 _CHOICES = {
   "data.on_error": ("raise", "skip"),
@@ -173,6 +175,7 @@ _CHOICES = {
   "model.stem": ("auto", "imagenet", "cifar"),
   "model.conv": ("auto", "xla", "cpu"),
   "model.pool_padding": ("auto", "same", "torch"),
+  "loss.name": ("nt_xent", "supcon"),
   "optim.name": ("lars", "momentum", "adam"),
   "optim.scaling": ("linear", "sqrt", "none"),
 }
@@ -211,6 +214,31 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
       f"config.batch_size is {config.batch_size}, which {num_devices} devices "
       f"do not divide; take {divisible}, for example."
     )
+  if config.stage == "pretrain":
+    _check_loss(config)
+
+
+def _check_loss(config) -> None:
+  size, batch = config.memory.size, config.batch_size
+  if size % batch:
+    raise UserError(
+      f"config.memory.size is {size}, no multiple of config.batch_size, which "
+      f"is {batch}; take {-(-size // batch) * batch}, for example."
+    )
+  if config.memory.momentum >= 1:
+    raise UserError(
+      f"config.memory.momentum must be below 1, got {config.memory.momentum:g}."
+    )
+  if size and not config.head.num_layers:
+    raise UserError(
+      "config.memory.size needs a projection head, and config.head.num_layers "
+      "is 0."
+    )
+  for name in ("memory.size", "loss.block_size"):
+    if config.loss.name == "supcon" and flat(config)[name]:
+      raise UserError(
+        f"config.loss.name=supcon does not go with config.{name}; leave it 0."
+      )
 
 
 def fill(config: ml_collections.ConfigDict, values: Mapping, names) -> None:

@@ -32,6 +32,7 @@ def nt_xent(
   normalize: bool = True,
   axis_name: str | None = None,
   block_size: int | None = None,
+  negatives: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """NT-Xent, the contrastive loss of SimCLR, at the official scale.
 
@@ -52,6 +53,9 @@ def nt_xent(
     block_size: None computes all [2n, 2N] logits at once. A number computes
       those of that many pairs at a time: same values and gradient, and memory
       that grows with N instead of its square.
+    negatives: [K, D] further embeddings to tell every embedding from, the same
+      on all devices (see memory.py); rows of zeros are left out. They get no
+      gradient, and the metrics are about the batch alone.
 
   Returns:
     (loss, metrics) over this device's rows, in float32 or better. metrics has
@@ -70,17 +74,22 @@ def nt_xent(
     # devices send to these rows, so negatives elsewhere learn as well.
     columns = jax.lax.all_gather(z, axis_name, axis=1, tiled=True)
     index += n * jax.lax.axis_index(axis_name)
+  if negatives is not None:
+    negatives = jax.lax.stop_gradient(negatives.astype(dtype))
+    negatives = l2_normalize(negatives) if normalize else negatives
   sum_fn: Any = _sum_over_pairs
   if block_size is not None and block_size < n:
     sum_fn = functools.partial(_blockwise, block_size)
-  loss, metrics = sum_fn(z / temperature, columns, index, temperature)
+  loss, metrics = sum_fn(
+    z / temperature, columns, index, temperature, negatives
+  )
   metrics = {k: v / n for k, v in metrics.items()}
   if not normalize:  # these two are of points on the sphere
     del metrics["alignment"], metrics["gaussian_potential"]
   return loss / n, metrics
 
 
-def _sum_over_pairs(rows, columns, index, temperature):
+def _sum_over_pairs(rows, columns, index, temperature, negatives):
   """Sums of loss and metrics over some pairs of the global batch.
 
   Args:
@@ -88,6 +97,7 @@ def _sum_over_pairs(rows, columns, index, temperature):
     columns: [2, N, D] all embeddings.
     index: int32 [m] the rows' places among the N; -1 for a row not to count.
     temperature: what the rows were divided by.
+    negatives: [K, D], rows of zeros for none; or None.
   """
   num_pairs, features = columns.shape[1:]
   # Plain matrices: with four axes the gradient would need transposed copies.
@@ -108,7 +118,16 @@ def _sum_over_pairs(rows, columns, index, temperature):
   # Masked sums rather than indexing: they fuse, and so do their gradients.
   positives = jnp.where(column == partner, logits, 0).sum(axis=1)
   others = jnp.where(column == itself, -jnp.inf, logits)
-  loss = total(jax.nn.logsumexp(others, axis=1) - positives)
+  candidates = others
+  if negatives is not None:
+    more = jnp.matmul(
+      rows.reshape(-1, features),
+      negatives.T,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    more = jnp.where(jnp.any(negatives != 0, axis=1), more, -jnp.inf)
+    candidates = jnp.concatenate([others, more], axis=1)
+  loss = total(jax.nn.logsumexp(candidates, axis=1) - positives)
 
   positives, others, logits = jax.lax.stop_gradient((positives, others, logits))
   across = logits[: len(index), num_pairs:]
@@ -126,23 +145,27 @@ def _sum_over_pairs(rows, columns, index, temperature):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(block_size, rows, columns, index, temperature):
+def _blockwise(block_size, rows, columns, index, temperature, negatives):
   """_sum_over_pairs, `block_size` pairs at a time."""
   parts = jax.lax.map(
-    lambda block: _sum_over_pairs(block[0], columns, block[1], temperature),
+    lambda block: _sum_over_pairs(
+      block[0], columns, block[1], temperature, negatives
+    ),
     _to_blocks(block_size, rows, index),
   )
   return jax.tree.map(lambda part: part.sum(axis=0), parts)
 
 
-def _blockwise_forward(block_size, rows, columns, index, temperature):
+def _blockwise_forward(
+  block_size, rows, columns, index, temperature, negatives
+):
   # The sum's gradient is known up to one factor, the cotangent of the loss, so
   # it is made here, where the logits are at hand, and never needs them again.
   grad_fn = jax.value_and_grad(_sum_over_pairs, argnums=(0, 1), has_aux=True)
 
   def step(columns_grad, block):
     part, (block_grad, part_grad) = grad_fn(
-      block[0], columns, block[1], temperature
+      block[0], columns, block[1], temperature, negatives
     )
     return columns_grad + part_grad, (part, block_grad)
 
@@ -158,7 +181,7 @@ def _blockwise_backward(block_size, grads, cotangents):
   del block_size
   rows_grad, columns_grad = grads
   factor, _ = cotangents  # the metrics carry no gradient, as in the plain form
-  return factor * rows_grad, factor * columns_grad, None, None
+  return factor * rows_grad, factor * columns_grad, None, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

@@ -1,5 +1,7 @@
 """Supervised contrastive loss (2004.11362), where some images have labels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -67,3 +69,17 @@ def supervised_contrastive(
   nearest = jnp.argmax(logits[:n, num_pairs:], axis=1)
   correct = jnp.take_along_axis(alike, nearest[:, None], axis=1)
   return loss, {"contrastive_accuracy": correct.mean(dtype=loss.dtype)}
+
+
+def train_step(state, batch, key, *, step_fn, supcon_fn):
+  """A step of `step_fn` in which the contrastive loss knows the labels.
+
+  Args:
+    state: as for `step_fn`.
+    batch: as for `step_fn`, with "label".
+    key: the run's key.
+    step_fn: `pretrain.train_step`, its other arguments bound.
+    supcon_fn: `supervised_contrastive`, its options bound.
+  """
+  nt_xent_fn = functools.partial(supcon_fn, labels=batch["label"])
+  return step_fn(state, batch, key, nt_xent_fn=nt_xent_fn)
