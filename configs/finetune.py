@@ -93,6 +93,7 @@ def get_config(arg="digits"):
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
+  config.report = True  # write report.html at the end
   config.profile_steps = (0, 0)  # first and last step to trace; (0, 0): none
 
   # What the network is where `pretrained` is "".
@@ -155,12 +156,13 @@ def get_config(arg="digits"):
     config.eval_every_steps = 1000
     if options.linear:
       # Adam, because h is not scaled and its size depends on the pretraining.
-      config.batch_size = 256
-      config.num_steps = 400
+      config.num_steps = 1500
       config.augment.area_range = (0.9, 1.0)
       config.optim.name = "adam"
-      config.optim.learning_rate = 0.03
+      config.optim.learning_rate = 0.01
       config.optim.scaling = "none"
+      config.optim.weight_decay = 1e-3
+      config.log_every_steps = 250
 
   if recipe == "folder":
     # For some 300 labels in all: small batches, from the head's first layer, as
