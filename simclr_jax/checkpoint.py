@@ -98,6 +98,9 @@ def _is_no_trace(record) -> bool:
 def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
   """Starts an asynchronous, atomic save of one step.
 
+  Checkpoints of this step and later ones are deleted first: they are damaged,
+  or the run would not have begun before them.
+
   Args:
     manager: from `open_manager`.
     state: step, params, batch_stats, opt_state; numpy leaves.
@@ -112,6 +115,9 @@ def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
   with writing(manager.directory):
     if not manager.directory.exists():  # Orbax would make a new one
       raise FileNotFoundError(errno.ENOENT, "the directory is gone")
+    for step in manager.all_steps():
+      if step >= state["step"]:  # Orbax would save nothing, and not say so
+        manager.delete(step)
     manager.save(
       int(state["step"]),
       args=ocp.args.Composite(
@@ -181,6 +187,10 @@ def restore_latest(manager, target: dict) -> dict | None:
     raise UserError(
       f"no checkpoint under {manager.directory} can be read (steps "
       f"{steps}); restore one from a copy or start with another --workdir."
+    )
+  if (manager.directory.parent / "metrics.jsonl").exists():
+    logging.warning(
+      "%s is empty: the run that was begun here starts over", manager.directory
     )
   return None
 

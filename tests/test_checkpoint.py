@@ -1,5 +1,8 @@
 """Checkpoints as users meet them: load, merge, and what can be wrong."""
 
+import shutil
+
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -59,6 +62,67 @@ def test_restore_gives_the_optimizer_state_its_structure(tmp_path):
     state = checkpoint.restore_latest(manager, make_state(0))
   np.testing.assert_equal(state, make_state(4))
   assert isinstance(state["opt_state"], tuple)
+
+
+def restored_step(workdir):
+  with checkpoint.open_manager(workdir, keep=2) as manager:
+    state = checkpoint.restore_latest(manager, make_state(0))
+  expected = make_state(int(state["step"]))
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  return int(state["step"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("size", [None, 0, 40], ids=["missing", "empty", "cut"])
+def test_damage_to_any_file_is_seen_or_does_not_matter(tmp_path, size, caplog):
+  whole = write(tmp_path / "whole", 4, 8)
+  fell_back = 0
+  # Those under ocdbt.process_0 are what Orbax has merged into state/d.
+  for file in (whole / "checkpoints" / "8").rglob("*"):
+    if file.is_dir() or "ocdbt.process_0" in str(file):
+      continue
+    run = tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(whole, run)
+    victim = run / file.relative_to(whole)
+    if size is None:
+      victim.unlink()
+    else:
+      victim.write_bytes(file.read_bytes()[:size])
+    caplog.clear()
+    step = restored_step(run)
+    assert step == 8 or (
+      step == 4 and "checkpoints/8 is damaged" in caplog.text
+    )
+    assert checkpoint.load_described(run)[2]["step"] == step
+    fell_back += step == 4
+  assert fell_back >= 4
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_save_replaces_damaged_checkpoints_after_it(tmp_path, step):
+  write(tmp_path, 4, 8)
+  (tmp_path / "checkpoints" / "8" / "state" / "manifest.ocdbt").unlink()
+  write(tmp_path, step)
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    assert sorted(manager.all_steps()) == [4, step]
+  assert restored_step(tmp_path) == step
+
+
+def test_no_run_starts_over_in_silence(tmp_path, caplog):
+  target = make_state(0)
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    assert checkpoint.restore_latest(manager, target) is None
+    assert caplog.text == ""
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert checkpoint.restore_latest(manager, target) is None
+    assert "the run that was begun here starts over" in caplog.text
+  write(tmp_path, 4, 8)
+  for file in tmp_path.rglob("manifest.ocdbt"):
+    file.unlink()
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with pytest.raises(UserError, match=r"no checkpoint under .* can be read"):
+      checkpoint.restore_latest(manager, target)
 
 
 def test_restore_refuses_another_network(tmp_path):
