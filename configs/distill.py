@@ -85,6 +85,7 @@ def get_config(arg="digits"):
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000
   config.keep_checkpoints = 2
+  config.report = True  # write report.html at the end
   config.profile_steps = (0, 0)  # first and last step to trace; (0, 0): none
 
   if recipe == "imagenet" and options.small:

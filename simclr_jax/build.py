@@ -232,6 +232,16 @@ def result(config, *, protocol: str, metrics: dict, num_steps: int) -> dict:
   }
 
 
+def two_views(config):
+  """The views of pretraining."""
+  return functools.partial(
+    augment.two_views,
+    size=config.data.image_size,
+    dtype=view_dtype(config),
+    **config.augment,
+  )
+
+
 def crop_flip(config):
   """The views of fine-tuning and distillation: crop and flip."""
   return functools.partial(

@@ -21,6 +21,7 @@ from simclr_jax import (
   overview,
   parallel,
   rundir,
+  snapshots,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -174,7 +175,7 @@ def train_and_evaluate(config, workdir) -> dict:
     ),
     label_weight=config.loss.label_weight,
   )
-  _, metrics = loop.run(
+  state, metrics = loop.run(
     build.init_state(variables, optimizer),
     step_fn,
     build.host_batches(config, train, num_steps),
@@ -190,12 +191,16 @@ def train_and_evaluate(config, workdir) -> dict:
       "teacher": {k: about[k] for k in ("workdir", "step", "hash")},
     },
   )
-  return rundir.write_result(
+  result = rundir.write_result(
     workdir,
     build.result(
       config, protocol="distill", metrics=metrics, num_steps=num_steps
     ),
   )
+  snapshots.save(
+    workdir, config, state, model, train, test, build.crop_flip(config)
+  )
+  return result
 
 
 def _resolve_student(config, taught) -> None:

@@ -21,6 +21,7 @@ from simclr_jax import (
   overview,
   parallel,
   rundir,
+  snapshots,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -151,7 +152,7 @@ def train_and_evaluate(config, workdir) -> dict:
   )
   if linear:
     _assert_encoder_unchanged(variables, state)
-  return rundir.write_result(
+  result = rundir.write_result(
     workdir,
     build.result(
       config,
@@ -160,6 +161,10 @@ def train_and_evaluate(config, workdir) -> dict:
       num_steps=num_steps,
     ),
   )
+  snapshots.save(
+    workdir, config, state, model, train, test, build.crop_flip(config)
+  )
+  return result
 
 
 def _resolve_network(config) -> dict | None:

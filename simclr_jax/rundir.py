@@ -21,6 +21,7 @@ _MAY_CHANGE = (
   "checkpoint_every_steps",
   "keep_checkpoints",
   "profile_steps",
+  "report",
 )
 _LENGTH = ("num_epochs", "num_steps")
 DIVERGED = "diverged.json"

@@ -16,7 +16,7 @@ _NUM_FEATURES = 1000
 _IMAGE_SIDE, _THUMBNAIL_SIDE = 96, 32  # pixels, at most
 
 
-def save(workdir, config, state, *, model, train, test, views_fn) -> None:
+def save(workdir, config, state, model, train, test, views_fn) -> None:
   """Writes report.npz and report.html where `config.report` asks for them.
 
   On host 0 and one of its devices. A fault here is printed, not raised: the
@@ -25,7 +25,7 @@ def save(workdir, config, state, *, model, train, test, views_fn) -> None:
   Args:
     workdir: the run's directory.
     config: of the run, resolved.
-    state: its last `loop.TrainState`, numpy leaves.
+    state: its last `TrainState`, numpy leaves.
     model: its network.
     train: the dataset that it was trained on.
     test: the dataset that it was evaluated on, or None.

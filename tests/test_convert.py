@@ -276,7 +276,9 @@ def table_block(entries):
   return data
 
 
-def write_bundle(prefix, variables, *, crc=crc32c, endianness=0, **fields):
+def write_bundle(
+  prefix, variables, *, crc=crc32c, endianness=0, graph=None, **fields
+):
   """Writes two shards and an index of two blocks."""
   shards = [b"", b""]
   entries = [(b"", field(1, 2) + field(2, endianness))]
@@ -292,6 +294,11 @@ def write_bundle(prefix, variables, *, crc=crc32c, endianness=0, **fields):
     shards[shard] += data
   text = field(1, 7) + field(3, 0) + field(4, 0) + field(5, 0)  # a string
   entries.append((b"zz_graph", text))
+  if graph is not None:
+    data = varint(len(graph)) + b"crc." + graph
+    entry = field(1, 7) + field(4, len(shards[0])) + field(5, len(data))
+    entries.insert(1, (b"_CHECKPOINTABLE_OBJECT_GRAPH", entry))
+    shards[0] += data
   file, handles = b"", []
 
   def add(block):
@@ -349,9 +356,37 @@ def test_bundle_is_read(tmp_path, some_variables, given):
 
 
 def test_saved_model_is_read(tmp_path, some_variables):
+  """Its keys run through a list of variables; the graph has better paths."""
+  listed = {
+    f"trainable_variables_list/{i}{OBJECT}": x
+    for i, x in enumerate(some_variables.values())
+  }
+
+  def node(children=(), key=None):
+    data = b"".join(
+      field(1, field(1, i) + field(2, name.encode())) for name, i in children
+    )
+    if key is not None:
+      entry = field(1, b"VARIABLE_VALUE") + field(2, b"n") + field(3, key)
+      data += field(2, entry)
+    return field(1, data)
+
+  # Root -> [a list of all, model]; model -> [layer-0, layer -> all].
+  first = 4
+  leaves = [(str(i), first + i) for i in range(len(listed))]
+  graph = node([("trainable_variables_list", 1), ("model", 2)])
+  graph += node(leaves)
+  graph += node([("layer-0", 3), ("layer", 3)]) + node(leaves)
+  graph += b"".join(node(key=key.encode()) for key in listed)
   (tmp_path / "variables").mkdir()
-  write_bundle(tmp_path / "variables" / "variables", some_variables)
-  assert tf_bundle.read(tmp_path).keys() == some_variables.keys()
+  write_bundle(tmp_path / "variables" / "variables", listed, graph=graph)
+  got = tf_bundle.read(tmp_path)
+  assert got.keys() == {f"model/layer/{i}{OBJECT}" for i in range(len(listed))}
+  for i, x in enumerate(some_variables.values()):
+    np.testing.assert_array_equal(got[f"model/layer/{i}{OBJECT}"], x)
+  write_bundle(tmp_path / "variables" / "variables", listed, graph=graph[:-9])
+  with pytest.raises(UserError, match="GRAPH cannot be read"):
+    tf_bundle.read(tmp_path)
 
 
 def cut(file, size):
@@ -515,6 +550,7 @@ def run_stage(module, root, workdir, recipe="folder", **fields):
     "num_steps": 2,
     "data.name": f"folder:{root / 'pictures'}",
     "model.conv": "xla",
+    "report": False,
     **fields,
   }
   for name, value in fields.items():

@@ -644,7 +644,7 @@ def test_opening_reads_no_pixels(tmp_path, monkeypatch):
 def run(module, recipe, workdir, **fields):
   stage = module.__name__.rpartition(".")[2]
   config = cli.load_recipe(recipe, stage=stage)
-  for name, value in fields.items():
+  for name, value in ({"report": False} | fields).items():
     config_lib.set_field(config, name, value)
   return module.train_and_evaluate(config, workdir)
 

@@ -15,6 +15,7 @@ TINY = {
   "model.conv": "xla",
   "data.split": "train",
   "log_every_steps": 2,
+  "report": False,
 }
 
 
