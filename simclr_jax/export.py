@@ -24,6 +24,7 @@ from simclr_jax import cli, model_card, network, parallel, torchvision_names
 from simclr_jax.config import UserError
 
 FORMATS = ("torchvision", "stablehlo")
+_MISSING = '--format={} needs the package {}: pip install "simclr_jax[export]"'
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # A file of the format can be no larger.
 _MAX_STABLEHLO_BYTES = 2**31 - 2**24
@@ -91,10 +92,7 @@ def _torchvision(net, name):
   try:
     import safetensors.numpy
   except ImportError:
-    raise UserError(
-      "--format=torchvision needs the package safetensors: "
-      'pip install "simclr_jax[export]"'
-    ) from None
+    raise UserError(_MISSING.format("torchvision", "safetensors")) from None
   model, size = net.config.model, net.config.data.image_size
   torchvision_names.check(model)
   arrays = torchvision_names.state_dict(
@@ -179,7 +177,10 @@ def _stablehlo(net, name):
   (batch,) = jax.export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((batch, size, size, net.channels), jnp.float32)
   exported = jax.export.export(jax.jit(forward), platforms=_PLATFORMS)(images)
-  content = bytes(exported.serialize())
+  try:
+    content = bytes(exported.serialize())
+  except ImportError:  # JAX needs flatbuffers for it
+    raise UserError(_MISSING.format("stablehlo", "flatbuffers")) from None
   # Read back and run, before anybody relies on it.
   images = _random_images(net, 3)
   got, want = (
@@ -189,7 +190,7 @@ def _stablehlo(net, name):
   for key in outputs:
     np.testing.assert_allclose(got[key], want[key], rtol=1e-3, atol=1e-4)
   usage = [
-    "import jax",
+    "import jax  # with the package flatbuffers; no other is needed",
     "",
     f'with open("{name}", "rb") as file:',
     "  network = jax.export.deserialize(bytearray(file.read()))",

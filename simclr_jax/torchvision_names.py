@@ -28,16 +28,16 @@ def check(model) -> None:
     model: `config.model` of a run.
   """
   instead = "take --format=stablehlo, which holds every network"
+  if model.sk_ratio:
+    raise UserError(
+      "--format=torchvision: this network has selective kernels (sk_ratio "
+      f"{model.sk_ratio:g}), which torchvision lacks; {instead}"
+    )
   if model.width != 1:
     raise UserError(
       f"--format=torchvision: this network has width {model.width:g}, and "
       "torchvision's ResNet width 1 only (its wide_resnet50_2 widens other "
       f"layers); {instead}"
-    )
-  if model.sk_ratio:
-    raise UserError(
-      "--format=torchvision: this network has selective kernels (sk_ratio "
-      f"{model.sk_ratio:g}), which torchvision lacks; {instead}"
     )
 
 
@@ -97,8 +97,8 @@ def state_dict(
   for name, (kernel, bias) in _fc(variables, num_layers, head_layer).items():
     arrays[f"{name}.weight"], arrays[f"{name}.bias"] = kernel.T, bias
   return {
-    name: np.ascontiguousarray(
-      x, np.int64 if x.dtype == np.int64 else np.float32
+    name: np.array(
+      x, np.int64 if x.dtype == np.int64 else np.float32, order="C"
     )
     for name, x in arrays.items()
   }

@@ -40,7 +40,10 @@ def make_run(
   def spread(path, x):
     """BatchNorm and classifier that are not those of a new network."""
     leaf = path[-1].key
-    low, high = {"scale": (0.8, 1.2), "var": (0.3, 0.6)}.get(leaf, (-0.1, 0.1))
+    ranges = {"scale": (0.8, 1.2), "var": (0.3, 0.6)}
+    low, high = ranges.get(leaf, (-0.1, 0.1))
+    if leaf == "scale" and not x.any():  # the last of a block
+      low, high = 0.1, 0.3
     if leaf == "kernel" and path[1].key != "classifier":
       return x
     return rng.uniform(low, high, x.shape).astype(x.dtype)
