@@ -206,13 +206,7 @@ def train_and_evaluate(config, workdir) -> dict:
     build.result(config, protocol="knn", metrics=metrics, num_steps=num_steps),
   )
   snapshots.save(
-    workdir,
-    config,
-    state,
-    model=model,
-    train=train,
-    test=test,
-    views_fn=build.two_views(config),
+    workdir, config, state, model, train, test, build.two_views(config)
   )
   return result
 
