@@ -29,7 +29,7 @@ esac
 def start(tmp_path):
   (tmp_path / "bin").mkdir()
 
-  def run(script, *args, wait=True, **programs):
+  def run(script, *args, wait=True, env=None, **programs):
     for name, text in programs.items():
       (tmp_path / "bin" / name).write_text(text)
       (tmp_path / "bin" / name).chmod(0o755)
@@ -40,7 +40,8 @@ def start(tmp_path):
         "LOG": str(tmp_path),
         "RETRY_SECONDS": "0",
         "SLURM_JOB_ID": "77",
-      },
+      }
+      | (env or {}),
       cwd=tmp_path,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -84,7 +85,8 @@ def test_tpu_pod_prints_its_commands(start, tmp_path):
   assert scp.startswith(f"{prefix}scp --recurse")
   assert scp.endswith(" pod: --zone=here --worker=all")
   assert "pip" in install
-  assert train.startswith(f"{prefix}ssh pod --zone=here --worker=all --command=")
+  ssh = f"{prefix}ssh pod --zone=here --worker=all --command="
+  assert train.startswith(ssh)
   assert delete == f"{prefix}delete pod --zone=here --quiet"
 
 
@@ -121,7 +123,8 @@ def test_tpu_pod_starts_again(start, tmp_path, codes, states, code, expected):
 
 SRUN = """#!/bin/bash
 trap 'sleep 0.3; exit 143' TERM
-echo "srun $* $XLA_FLAGS"
+echo "srun $*"
+echo "flags:$XLA_FLAGS cache:$JAX_COMPILATION_CACHE_DIR"
 touch "$LOG/started"
 [ -z "$(cat "$LOG/code")" ] && while :; do sleep 0.1; done
 exit "$(cat "$LOG/code")"
@@ -138,6 +141,16 @@ def test_slurm_requeues_what_was_stopped(start, tmp_path, code):
   assert got == code, error
   assert "srun --kill-on-bad-exit=0 --label train --x" in out
   assert ("scontrol requeue 77" in out) is (code == 143)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_slurm_keeps_the_bits_where_asked(start, tmp_path, on):
+  (tmp_path / "code").write_text("0")
+  env = {"SIMCLR_DETERMINISTIC": "1", "XLA_FLAGS": "--mine"} if on else {}
+  _, out, _ = start("slurm.sbatch", "train", env=env, srun=SRUN)
+  flags = "--mine --xla_gpu_exclude_nondeterministic_ops=true" if on else ""
+  cache = tmp_path / "xla_cache" if on else ""
+  assert f"flags:{flags} cache:{cache}\n" in out
 
 
 def test_slurm_waits_for_the_save_after_a_signal(start, tmp_path):
