@@ -5,6 +5,7 @@ where a tensor lies, and PREFIX.data-0000i-of-0000n, the raw tensors. Layouts:
 tensorflow/core/protobuf/tensor_bundle.proto and leveldb/doc/table_format.md.
 """
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import numpy as np
 
 from simclr_jax.config import UserError
 
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+# Where Keras and SavedModels list variables and layers a second time.
+_LISTS = r"variables|keras_api|signatures|losses|^layer[-_]"
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
 # tensorflow/core/framework/types.proto; other types (strings) are left out.
@@ -157,6 +161,26 @@ def _index(file):
     raise UserError(f"{file} is damaged: {error}") from None
 
 
+def _attribute_paths(graph):
+  """Key in the bundle -> path of attributes; TrackableObjectGraph in `graph`.
+
+  A key is the shortest path to a variable, which in a SavedModel leads through
+  a list of all variables and says nothing.
+  """
+  nodes = [_message(node) for node in _message(graph).get(1, [])]
+  paths, queue, keys = {0: ""}, [0], {}
+  for i in queue:
+    for child in map(_message, nodes[i].get(1, [])):
+      (j,), name = child.get(1, [0]), child[2][0].decode()
+      if j not in paths and not re.search(_LISTS, name):
+        paths[j] = f"{paths[i]}{name}/"
+        queue.append(j)
+    for attribute in map(_message, nodes[i].get(2, [])):
+      name, key = attribute[1][0].decode(), attribute[3][0].decode()
+      keys[key] = f"{paths[i]}.ATTRIBUTES/{name}"
+  return keys
+
+
 def _find(path):
   """The index of a prefix, a folder, or one of the checkpoint's own files."""
   path = Path(path).expanduser()
@@ -189,7 +213,7 @@ def read(path) -> dict[str, np.ndarray]:
 
   Returns:
     name -> array, read from the files when it is used; TF1 names, or object
-    paths of a TF2 checkpoint.
+    paths of a TF2 checkpoint or SavedModel.
 
   Raises:
     UserError: no such file, one of another kind, cut off or damaged.
@@ -200,13 +224,10 @@ def read(path) -> dict[str, np.ndarray]:
   num_shards = header.get(1, [1])[0]
   if header.get(2, [0])[0]:
     raise UserError(f"{index} is in big-endian byte order, which is not read")
-  shards, variables = {}, {}
-  for name, entry in entries.items():
-    dtype = _DTYPES.get(entry.get(1, [0])[0])
-    if dtype is None:
-      continue
-    if 7 in entry:
-      raise UserError(f"{index}: {name} is stored in slices, which is not read")
+  shards: dict[int, np.ndarray] = {}
+
+  def stored(name, entry):
+    """The bytes of a tensor."""
     shard, offset, size = (entry.get(k, [0])[0] for k in (3, 4, 5))
     file = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
     if shard not in shards:
@@ -217,17 +238,37 @@ def read(path) -> dict[str, np.ndarray]:
         np.empty(0, np.uint8) if is_empty else np.memmap(file, np.uint8, "r")
       )
     data = shards[shard][offset : offset + size]
-    shape = [
-      _message(dim).get(1, [0])[0]
-      for dim in _message(entry.get(2, [b""])[0]).get(2, [])
-    ]
-    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if len(data) != size or size != expected:
+    if len(data) != size:
       raise UserError(
         f"{file} is cut off: {name} should end at byte {offset + size}, the "
         f"file has {len(shards[shard])}"
       )
+    return data, file
+
+  paths, variables = {}, {}
+  if _OBJECT_GRAPH in entries:
+    data, file = stored(_OBJECT_GRAPH, entries.pop(_OBJECT_GRAPH))
+    try:  # one string: its length, the checksum of that, the text
+      text = data.tobytes()
+      paths = _attribute_paths(text[_varint(text, 0)[1] + 4 :])
+    except (ValueError, IndexError, KeyError, struct.error) as error:
+      raise UserError(
+        f"{file} is damaged: {_OBJECT_GRAPH} cannot be read ({error})"
+      ) from None
+  for name, entry in entries.items():
+    dtype = _DTYPES.get(entry.get(1, [0])[0])
+    if dtype is None:
+      continue
+    if 7 in entry:
+      raise UserError(f"{index}: {name} is stored in slices, which is not read")
+    data, file = stored(name, entry)
+    shape = [
+      _message(dim).get(1, [0])[0]
+      for dim in _message(entry.get(2, [b""])[0]).get(2, [])
+    ]
+    if len(data) != int(np.prod(shape)) * np.dtype(dtype).itemsize:
+      raise UserError(f"{index}: {name} has not the size of its shape {shape}")
     if _masked_crc32c(data) != entry.get(6, [None])[0]:
       raise UserError(f"{file} is damaged: the checksum of {name} is wrong")
-    variables[name] = data.view(dtype).reshape(shape)
+    variables[paths.get(name, name)] = data.view(dtype).reshape(shape)
   return variables

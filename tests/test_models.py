@@ -328,11 +328,14 @@ def test_heads(tiny_shapes, num_layers):
   }
 
 
-def test_head_parameter_count():
+@pytest.mark.parametrize(
+  "width, count", [(1, 8_659_072), (2, 34_095_232), (3, 76_308_608)]
+)
+def test_head_parameter_count(width, count):
   model = models.ProjectionHead(num_layers=3, dim=128)
-  h = jax.ShapeDtypeStruct((2, 2048), jnp.float32)
+  h = jax.ShapeDtypeStruct((2, 2048 * width), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), h)["params"]
-  assert sum(x.size for x in jax.tree.leaves(shapes)) == 8_659_072
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
 @pytest.mark.parametrize(

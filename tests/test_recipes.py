@@ -102,3 +102,17 @@ def test_distillation_temperature(recipe, temperature):
   assert config.loss.temperature == temperature
   assert not config.loss.scale_by_temperature
   assert config.loss.label_weight == 0
+
+
+@pytest.mark.parametrize(
+  "size, stem",
+  [(32, "cifar"), (64, "cifar"), (65, "imagenet"), (96, "imagenet")],
+)
+def test_stem_by_image_size(size, stem):
+  config = cli.load_recipe("imagenet", stage="pretrain")
+  config.data.image_size = size
+  build.resolve(config)
+  assert config.model.stem == stem
+  config.model.stem = "cifar"  # what is given stays
+  build.resolve(config)
+  assert config.model.stem == "cifar"
