@@ -38,6 +38,11 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
     train_and_evaluate: (config, workdir) -> result.
     stage: the name of its recipes' file.
     argv: arguments without the program's name; None is sys.argv's.
+
+  >>> run(print, stage="pretrain", argv=["--workdri=runs/new"])
+  Traceback (most recent call last):
+    ...
+  SystemExit: 2
   """
   try:
     config, workdir = parse(sys.argv[1:] if argv is None else argv, stage=stage)
@@ -56,7 +61,10 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
 
 
 def setup() -> None:
-  """Joins the other hosts, keeps compiled programs, looks at the devices."""
+  """Joins the other hosts, keeps compiled programs, looks at the devices.
+
+  >>> setup()
+  """
   parallel.initialize()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path.home() / ".cache" / "simclr_jax" / "xla"
@@ -71,6 +79,11 @@ def parse(argv: list[str], *, stage: str):
   Raises:
     UserError: an unknown flag, recipe or field, or a value of a wrong type.
     SystemExit: after printing the help that was asked for.
+
+  >>> argv = ["--config=digits", "--workdir=runs/new", "--config.seed=3"]
+  >>> config, workdir = parse(argv, stage="pretrain")
+  >>> config.seed, workdir
+  (3, 'runs/new')
   """
   argv = _joined(argv)
   if {"--help", "-h", "-help"} & set(argv):
@@ -139,6 +152,10 @@ def find_recipe(text: str, *, stage: str) -> tuple[str, str]:
 
   Raises:
     UserError: there is no such file.
+
+  >>> file, recipe = find_recipe("digits,labels=10", stage="finetune")
+  >>> Path(file).name, recipe
+  ('finetune.py', 'digits,labels=10')
   """
   file, _, recipe = text.partition(":")
   if not file.endswith(".py"):

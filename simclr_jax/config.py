@@ -21,7 +21,11 @@ class Diverged(RuntimeError):
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-  """Returns '; did you mean "x"?' for a close match of `name`, else ""."""
+  """Returns '; did you mean "x"?' for a close match of `name`, else "".
+
+  >>> nearest("digts", ["digits", "cifar10"])
+  '; did you mean "digits"?'
+  """
   close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
   return f'; did you mean "{close[0]}"?' if close else ""
 
@@ -81,7 +85,11 @@ def parse_arg(
 
 
 def flat(config: Mapping) -> dict:
-  """Returns {"optim.name": value, ...} for a nested config."""
+  """Returns {"optim.name": value, ...} for a nested config.
+
+  >>> flat({"optim": {"name": "lars"}, "seed": 0})
+  {'optim.name': 'lars', 'seed': 0}
+  """
   items = {}
   for key, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
@@ -92,12 +100,22 @@ def flat(config: Mapping) -> dict:
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-  """Returns the config as indented JSON text (tuples become lists)."""
+  """Returns the config as indented JSON text (tuples become lists).
+
+  >>> print(to_json(ml_collections.ConfigDict({"seed": 0})), end="")
+  {
+    "seed": 0
+  }
+  """
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
-  """Rebuilds a locked config from JSON values (lists become tuples)."""
+  """Rebuilds a locked config from JSON values (lists become tuples).
+
+  >>> from_json_tree({"augment": {"area_range": [0.3, 1.0]}}).augment.area_range
+  (0.3, 1.0)
+  """
 
   def tuples(value):
     if isinstance(value, Mapping):
@@ -112,6 +130,10 @@ def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
 
   Where both are 0 (the folder recipe), `config.num_epochs` is set first.
   Source: google-research/simclr, model_util.get_train_steps.
+
+  >>> config = {"num_steps": 0, "num_epochs": 800.0, "batch_size": 4096}
+  >>> num_steps(ml_collections.ConfigDict(config), 1_281_167)
+  250228
   """
   if not config.num_steps and not config.num_epochs:
     set_field(
@@ -129,6 +151,9 @@ def epochs_for(num_examples: int, *, stage: str) -> float:
   published for ImageNet) and 1000 (what is published for CIFAR-10). With
   labels: the published 60 epochs of few and 30 of many, and 20,000 images seen
   at least, which are 300 steps at batch 64.
+
+  >>> epochs_for(50_000, stage="pretrain")
+  200.0
   """
   if stage == "finetune":
     epochs = 60 if num_examples <= 20_000 else 30
@@ -137,7 +162,12 @@ def epochs_for(num_examples: int, *, stage: str) -> float:
 
 
 def warmup_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
-  """Warm-up steps: int(round(epochs * N // B)), as in model_util.py."""
+  """Warm-up steps: int(round(epochs * N // B)), as in model_util.py.
+
+  >>> config = {"optim": {"warmup_epochs": 10.0}, "batch_size": 512}
+  >>> warmup_steps(ml_collections.ConfigDict(config), 50_000)
+  976
+  """
   epochs = config.optim.warmup_epochs
   return round(epochs * num_examples // config.batch_size)
 
@@ -186,6 +216,13 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
 
   Raises:
     UserError: the first mistake found.
+
+  >>> from simclr_jax import cli
+  >>> config = cli.load_recipe("digits", stage="pretrain")
+  >>> check(config, num_devices=3)
+  Traceback (most recent call last):
+    ...
+  simclr_jax.config.UserError: config.batch_size is 256, which 3 devices ...
   """
   fields = flat(config)
   for name in _POSITIVE:
@@ -248,6 +285,11 @@ def fill(config: ml_collections.ConfigDict, values: Mapping, names) -> None:
     config: changed in place.
     values: flat fields, "model.depth" -> value.
     names: the fields to resolve.
+
+  >>> config = ml_collections.ConfigDict({"model": {"depth": 0}})
+  >>> fill(config, {"model.depth": 50}, ["model.depth"])
+  >>> config.model.depth
+  50
   """
   mine = flat(config)
   for name in names:
@@ -262,6 +304,12 @@ def inherit(
 
   Raises:
     UserError: one differs; `where` says in the message whose values they are.
+
+  >>> config = ml_collections.ConfigDict({"model": {"depth": 18}})
+  >>> inherit(config, {"model.depth": 50}, ["model.depth"], where="runs/mine")
+  Traceback (most recent call last):
+    ...
+  simclr_jax.config.UserError: config.model.depth is 18, but runs/mine has ...
   """
   fill(config, values, names)
   mine = flat(config)
@@ -274,12 +322,22 @@ def inherit(
 
 
 def is_derived(value) -> bool:
-  """Whether a field holds a sentinel: its value comes from elsewhere."""
+  """Whether a field holds a sentinel: its value comes from elsewhere.
+
+  >>> is_derived("auto"), is_derived(50)
+  (True, False)
+  """
   return not isinstance(value, bool) and value in (0, -1, "", "auto")
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, value) -> None:
-  """Sets the field with a dotted name, also in a locked config."""
+  """Sets the field with a dotted name, also in a locked config.
+
+  >>> config = ml_collections.ConfigDict({"model": {"depth": 18}}).lock()
+  >>> set_field(config, "model.depth", 50)
+  >>> config.model.depth
+  50
+  """
   *parents, leaf = name.split(".")
   for parent in parents:
     config = config[parent]

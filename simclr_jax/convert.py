@@ -65,6 +65,17 @@ def from_tensorflow(
   Raises:
     UserError: variables are missing, not expected or of another shape; all of
       them in one line, with the nearest name that is there.
+
+  >>> network = dict(depth=18, width=0.125, sk_ratio=0.0, stem="cifar")
+  >>> model = models.make_model(**network, num_layers=0)
+  >>> shape = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  >>> mine = flatten_dict(models.init(model, jax.random.key(0), shape))
+  >>> paths = tf_names.paths(
+  ...   depth=18, sk_ratio=0.0, stem="cifar", num_layers=0, has_classifier=False
+  ... )
+  >>> official = {name: mine[path] for name, path in paths.items()}
+  >>> sorted(from_tensorflow(official, **network))
+  ['batch_stats', 'params']
   """
   wanted = dict(depth=depth, width=width, sk_ratio=sk_ratio, stem=stem)
   resnet.check_architecture(**wanted)
@@ -158,6 +169,11 @@ def convert(
 
   Raises:
     UserError: a file or name that does not fit; nothing has been written then.
+
+  >>> convert("r50_1x_sk0/model.ckpt-250228", "runs/official")
+  Traceback (most recent call last):
+    ...
+  simclr_jax.config.UserError: ...r50_1x_sk0/model.ckpt-250228...
   """
   workdir = Path(workdir).expanduser()
   if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):

@@ -33,13 +33,20 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_kind: str) -> float | None:
-  """What one device of this kind can do at most, or None if not known."""
+  """What one device of this kind can do at most, or None if not known.
+
+  >>> peak_tflops("NVIDIA A100-SXM4-40GB")
+  312
+  """
   found = [k for k in PEAK_TFLOPS if re.search(rf"\b{k}\b", device_kind)]
   return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
 def device_memory_gib() -> float | None:
-  """Most memory (GiB) ever in use on this host's first device, if told."""
+  """Most memory (GiB) ever in use on this host's first device, if told.
+
+  >>> memory = device_memory_gib()  # None on a CPU
+  """
   stats = jax.local_devices()[0].memory_stats() or {}
   peak = stats.get("peak_bytes_in_use")
   return round(peak / 2**30, 3) if peak else None
@@ -53,6 +60,10 @@ def not_finite(values: dict, names: Sequence[str]) -> str:
       [tensors].
     names: of the tensors. Those of a classifier beside pretraining are not
       looked at: whatever becomes of it, the network goes on.
+
+  >>> values = {"loss": 5.0, "grad_norms": [1.0, math.nan]}
+  >>> not_finite(values, ["encoder/stem/conv_1/kernel", "classifier/bias"])
+  'the gradient of classifier/bias is not finite'
   """
   if not math.isfinite(values["loss"]):
     where = "although every parameter and gradient before it was finite"
@@ -77,6 +88,10 @@ def summarize(values: dict, names: Sequence[str]) -> dict[str, float]:
   Args:
     values: scalars and arrays of one step.
     names: of the tensors that the norms are of.
+
+  >>> names = ["encoder/stem/conv_1/kernel", "encoder/stem/bn_1/scale"]
+  >>> summarize({"loss": 5, "grad_norms": [3, 4]}, names)
+  {'loss': 5.0, 'grad_norm/stem': 5.0}
   """
   values = dict(values)
   floats = {}

@@ -57,6 +57,29 @@ def train_step(
 
   Returns:
     The next state, and metrics that are equal on all devices.
+
+  >>> from simclr_jax import augment, network
+  >>> net = network.load("runs/finetuned")
+  >>> optimizer = optimizers.lars(0.1, weight_decay=0.0)
+  >>> step_fn = functools.partial(
+  ...   train_step,
+  ...   model=net.model,
+  ...   teacher=net.model,
+  ...   optimizer=optimizer,
+  ...   view_fn=functools.partial(augment.crop_flip, size=8),
+  ...   distillation_fn=functools.partial(
+  ...     losses.distillation_loss, temperature=1.0
+  ...   ),
+  ...   label_weight=0.0,
+  ... )
+  >>> state = build.init_state(net.variables, optimizer)
+  >>> batch = {"image": np.zeros((4, 8, 8, 1), np.uint8)}
+  >>> batch |= {"size": np.full((4, 2), 8), "label": np.arange(4)}
+  >>> args = (state, batch, jax.random.key(0), net.variables)
+  >>> args = parallel.replicate(args)
+  >>> state, metrics = jax.eval_shape(parallel.pmap(step_fn), *args)
+  >>> "agreement" in metrics
+  True
   """
   images = view_fn(
     jax.random.fold_in(key, state.step),
@@ -105,6 +128,12 @@ def train_and_evaluate(config, workdir) -> dict:
 
   Raises:
     UserError: a mistake in the config, the data or the teacher.
+
+  >>> config = cli.load_recipe("digits", stage="distill")
+  >>> config.teacher, config.report = "runs/finetuned", False
+  >>> config.num_steps = 2
+  >>> train_and_evaluate(config, "runs/student")["protocol"]
+  'distill'
   """
   config = build.start(config)
   if not config.teacher:

@@ -69,6 +69,11 @@ def embed(
   Raises:
     UserError: the output exists, no checkpoint, no such data or layer, a
       damaged image, parts of another command.
+
+  >>> result = embed("runs/finetuned", "digits", "digits.npz", split="test")
+  embedded 360 images...
+  >>> np.load("digits.npz")["features"].shape
+  (360, 32)
   """
   output = Path(output).expanduser()
   parallel.agree(_problem_of(output))

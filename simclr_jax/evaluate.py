@@ -74,6 +74,11 @@ def evaluate(
 
   Raises:
     UserError: a mistake in the arguments or the files, or too few labels.
+
+  >>> scores = evaluate(checkpoint="runs/finetuned", probe_names=["ridge"])
+  protocol...
+  >>> [row["protocol"] for row in scores["results"]]
+  ['classifier of the run', 'linear (closed form)']
   """
   for name in probe_names:
     if name not in PROBES:

@@ -46,6 +46,11 @@ def export(checkpoint, output, *, kind: str) -> Path:
   Raises:
     UserError: the output exists, no checkpoint, a network that the format
       cannot hold, or a package that is missing.
+
+  >>> output = "exported/encoder.stablehlo"
+  >>> export("runs/pretrained", output, kind="stablehlo").as_posix()
+  wrote exported/encoder.stablehlo...
+  'exported/README.md'
   """
   if kind not in FORMATS:
     raise UserError(

@@ -40,6 +40,23 @@ def train_step(state, batch, key, *, model, optimizer, view_fn):
 
   Returns:
     The next state, and metrics that are equal on all devices.
+
+  >>> from simclr_jax import augment, network
+  >>> net = network.load("runs/finetuned")
+  >>> optimizer = optimizers.lars(0.1, weight_decay=0.0)
+  >>> step_fn = functools.partial(
+  ...   train_step,
+  ...   model=net.model,
+  ...   optimizer=optimizer,
+  ...   view_fn=functools.partial(augment.crop_flip, size=8),
+  ... )
+  >>> state = build.init_state(net.variables, optimizer)
+  >>> batch = {"image": np.zeros((4, 8, 8, 1), np.uint8)}
+  >>> batch |= {"size": np.full((4, 2), 8), "label": np.arange(4)}
+  >>> args = parallel.replicate((state, batch, jax.random.key(0)))
+  >>> state, metrics = jax.eval_shape(parallel.pmap(step_fn), *args)
+  >>> "accuracy" in metrics
+  True
   """
   images = view_fn(
     jax.random.fold_in(key, state.step),
@@ -79,6 +96,12 @@ def train_and_evaluate(config, workdir) -> dict:
 
   Raises:
     UserError: a mistake in the config, the data or the checkpoint.
+
+  >>> config = cli.load_recipe("digits,labels=1", stage="finetune")
+  >>> config.pretrained, config.report = "runs/pretrained", False
+  >>> config.num_steps = 2
+  >>> train_and_evaluate(config, "runs/one_percent")["protocol"]
+  'finetune 1%'
   """
   config = build.start(config)
   loaded = _resolve_network(config)

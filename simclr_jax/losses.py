@@ -19,6 +19,9 @@ def l2_normalize(x: jax.Array) -> jax.Array:
   """Scales rows [..., D] to unit length; a row of zeros stays zero.
 
   x * rsqrt(max(sum(x^2), 1e-12)), as the official code (objective.py) has it.
+
+  >>> print(l2_normalize(jnp.array([3.0, 4.0])).round(3))
+  [0.6 0.8]
   """
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
@@ -41,9 +44,6 @@ def nt_xent(
   as in the official objective.py: twice the mean of the paper (2002.05709,
   eq. 1). Embeddings that say nothing give metrics.uniform_loss(N).
 
-  Example:
-    loss, metrics = nt_xent(z[:n], z[n:], temperature=0.1)
-
   Args:
     z1: [n, D] embeddings of the first view.
     z2: [n, D] embeddings of the second view, row i from the image of z1[i].
@@ -62,6 +62,11 @@ def nt_xent(
     "contrastive_accuracy" (1/N by chance) and "contrastive_entropy" (nats), of
     view 1 among the N embeddings of view 2, and with normalize "alignment" and
     "gaussian_potential", whose log is the uniformity (see metrics.py).
+
+  >>> z1, z2 = jax.random.normal(jax.random.key(0), (2, 64, 16))
+  >>> loss, metrics = nt_xent(z1, z1 + 0.1 * z2, temperature=0.1)
+  >>> metrics["contrastive_accuracy"].item()
+  1.0
   """
   n, _ = z1.shape
   dtype = jnp.promote_types(z1.dtype, jnp.float32)
@@ -206,8 +211,8 @@ def labelled_mean(
   labels of the global batch: labels may be spread unevenly, and pmean of it is
   the global mean. 0 where no row has a label.
 
-  Example:
-    labelled_mean(jnp.array([1., 2., 9.]), jnp.array([0, 3, -1]))  # 1.5
+  >>> labelled_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([0, 3, -1])).item()
+  1.5
   """
   labelled = labels >= 0
   count = labelled.sum(dtype=values.dtype)
@@ -223,9 +228,6 @@ def supervised_loss(
 ) -> tuple[jax.Array, Metrics]:
   """Cross-entropy over the rows that have a label.
 
-  Example:
-    loss, metrics = supervised_loss(logits, labels)
-
   Args:
     logits: [n, num_classes].
     labels: int [n]; -1 where unknown, such rows count nowhere.
@@ -233,6 +235,10 @@ def supervised_loss(
 
   Returns:
     (loss, {"supervised_accuracy": fraction in [0, 1]}), in float32 or better.
+
+  >>> loss, metrics = supervised_loss(9 * jnp.eye(3), jnp.array([0, 1, -1]))
+  >>> metrics["supervised_accuracy"].item()
+  1.0
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   # optax would take -1 for the last class.
@@ -256,9 +262,6 @@ def distillation_loss(
   mean over rows of -sum softmax(teacher / T) log softmax(student / T)
   (2006.10029, eq. 2). No gradient reaches the teacher.
 
-  Example:
-    loss = distillation_loss(student_logits, teacher_logits, temperature=1.0)
-
   Args:
     student_logits: [n, num_classes].
     teacher_logits: [n, num_classes].
@@ -268,6 +271,10 @@ def distillation_loss(
 
   Returns:
     A scalar, in float32 or better.
+
+  >>> logits = jnp.zeros((2, 10))
+  >>> print(distillation_loss(logits, logits, temperature=1.0).round(3))
+  2.303
   """
   dtype = jnp.promote_types(student_logits.dtype, jnp.float32)
   teacher_logits = jax.lax.stop_gradient(teacher_logits)

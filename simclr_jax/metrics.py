@@ -27,6 +27,9 @@ def alignment(z1: jax.Array, z2: jax.Array) -> jax.Array:
 
   From 0 (the views of an image agree) to 4; independent embeddings have 2
   (Wang and Isola, 2005.10242, eq. 1 with alpha 2). z1 and z2 are [n, D].
+
+  >>> alignment(jnp.eye(4), -jnp.eye(4)).item()
+  4.0
   """
   return jnp.mean(jnp.sum(jnp.square(_unit(z1) - _unit(z2)), axis=-1))
 
@@ -37,6 +40,9 @@ def uniformity(z: jax.Array, *, t: float = 2.0) -> jax.Array:
   ln mean exp(-t |x - y|^2) on the unit sphere, from 0 (collapsed) downwards;
   the lower the more evenly the rows are spread (Wang and Isola, 2005.10242,
   eq. 2). z is [n, D] with n >= 2, its [n, n] distances are held in memory.
+
+  >>> uniformity(jnp.eye(4)).round(3).item()  # of orthogonal rows
+  -4.0
   """
   n = z.shape[0]
   x = _unit(z)
@@ -52,6 +58,9 @@ def effective_rank(z: jax.Array) -> jax.Array:
 
   exp of the entropy of the singular values, scaled to sum to 1 (Roy and
   Vetterli, 2007). Means are not subtracted: equal rows have rank 1.
+
+  >>> effective_rank(jnp.eye(4)).round(3).item()
+  4.0
   """
   singular_values = jnp.linalg.svd(_at_least_float32(z), compute_uv=False)
   total = jnp.sum(singular_values)
@@ -64,6 +73,9 @@ def embedding_std(z: jax.Array) -> jax.Array:
 
   Mean over features of the standard deviation, times sqrt(D): about 1 where
   rows are spread evenly, 0 where they have collapsed.
+
+  >>> embedding_std(jnp.ones((8, 4))).item()
+  0.0
   """
   return jnp.mean(jnp.std(_unit(z), axis=0)) * math.sqrt(z.shape[1])
 
@@ -73,6 +85,9 @@ def embedding_moments(z: jax.Array) -> dict[str, jax.Array]:
 
   Means over rows, so that a mean over devices makes them those of the global
   batch: {"embedding_mean": [D], "embedding_moment": [D, D]}.
+
+  >>> embedding_moments(jnp.eye(4))["embedding_moment"].shape
+  (4, 4)
   """
   u = _unit(jax.lax.stop_gradient(z))
   moment = jnp.matmul(u.T, u, precision=jax.lax.Precision.HIGHEST) / len(u)
@@ -83,6 +98,10 @@ def from_moments(mean, moment) -> dict[str, float]:
   """effective_rank and embedding_std of the unit rows with these moments.
 
   On the host, in float64; see `embedding_moments`.
+
+  >>> moments = embedding_moments(jnp.ones((8, 4)))
+  >>> round(from_moments(*moments.values())["effective_rank"], 2)
+  1.0
   """
   mean, moment = np.asarray(mean, float), np.asarray(moment, float)
   if not np.isfinite(moment).all():
@@ -106,6 +125,9 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
   Returns:
     Bools [n].
+
+  >>> top_k_correct(jnp.eye(3), jnp.array([0, 2, -1]), 1).tolist()
+  [True, False, False]
   """
   _, classes = jax.lax.top_k(logits, min(k, logits.shape[1]))
   return jnp.any(classes == labels[:, None], axis=1)

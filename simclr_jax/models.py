@@ -158,11 +158,12 @@ def make_model(
   Raises:
     UserError: for a network that does not exist.
 
-  Example:
-    model = make_model(depth=18, stem="cifar", num_classes=10)
-    images = jnp.zeros((2, 32, 32, 3))
-    variables = model.init(jax.random.key(0), images)
-    model.apply(variables, images)["logits"].shape  # (2, 10)
+  >>> model = make_model(depth=18, stem="cifar", width=0.25, num_classes=10)
+  >>> images = jnp.zeros((2, 32, 32, 3))
+  >>> variables = init(model, jax.random.key(0), images)
+  >>> outputs = jax.eval_shape(model.apply, variables, images)
+  >>> outputs["h"].shape, outputs["z"].shape, outputs["logits"].shape
+  ((2, 128), (2, 128), (2, 10))
   """
   resnet.check_architecture(
     depth=depth,
@@ -236,8 +237,10 @@ def init(model: SimCLR, key, images) -> dict:
     key: a typed key.
     images: float [n, H, W, C] or its ShapeDtypeStruct; only C matters.
 
-  Example:
-    variables = init(model, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  >>> model = make_model(depth=18, stem="cifar", width=0.125)
+  >>> variables = init(model, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  >>> variables["params"]["encoder"]["stem"]["conv_1"]["kernel"].shape
+  (3, 3, 3, 8)
   """
   shapes = jax.eval_shape(model.init, key, images)
   seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
@@ -285,8 +288,9 @@ def trainable(
   reaches them, and those up to it only with `train_head_layer` (the official
   TF2 code; its TF1 code reuses them as they are). The classifier does.
 
-  Example:
-    mask = trainable(params, freeze_after_block=4)  # linear evaluation
+  >>> params = {"encoder": {"stem": 0}, "classifier": {"kernel": 0}}
+  >>> trainable(params, freeze_after_block=4)  # linear evaluation
+  {'classifier': {'kernel': True}, 'encoder': {'stem': False}}
   """
 
   def trains(path, _):

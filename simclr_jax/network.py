@@ -57,6 +57,10 @@ def load(workdir, *, field: str = "--checkpoint", **model_fields) -> Network:
 
   Raises:
     UserError: there is no checkpoint.
+
+  >>> net = load("runs/finetuned")
+  >>> net.channels, net.label_names[:3]
+  (1, ('0', '1', '2'))
   """
   config, variables, about = checkpoint.load_described(workdir, field=field)
   keeps = config.model.dtype == "bfloat16" and jax.default_backend() != "cpu"
@@ -82,12 +86,19 @@ def load(workdir, *, field: str = "--checkpoint", **model_fields) -> Network:
 
 
 def head_layer(config) -> int:
-  """Which layer of the head the classifier of a run sits on."""
+  """Which layer of the head the classifier of a run sits on.
+
+  >>> head_layer(load("runs/finetuned").config)
+  1
+  """
   return 0 if config.stage == "pretrain" else config.head_layer
 
 
 def check_layer(network: Network, layer: str) -> None:
-  """Raises UserError for a layer that the network does not have."""
+  """Raises UserError for a layer that the network does not have.
+
+  >>> check_layer(load("runs/pretrained"), "z")
+  """
   num_layers = network.config.head.num_layers
   allowed = ("h", *(f"head_{k}" for k in range(1, num_layers + 1)), "z")
   if layer not in allowed:
@@ -110,6 +121,9 @@ def open_source(
 
   Raises:
     UserError: see `sources.make_source`; flags are named as commands have them.
+
+  >>> len(open_source(load("runs/pretrained"), "digits", split="test"))
+  360
   """
   split = split or ("all" if name.startswith("folder:") else "train")
   try:
@@ -164,6 +178,12 @@ def stream(
   Raises:
     UserError: no such layer, a batch that the devices do not divide, a damaged
       image.
+
+  >>> net = load("runs/finetuned")
+  >>> source = open_source(net, "digits", split="test")
+  >>> rows = next(stream(net, source, batch_size=64))
+  >>> rows["features"].shape, rows["predictions"].shape
+  ((64, 32), (64,))
   """
   check_layer(network, layer)
   devices = jax.device_count()

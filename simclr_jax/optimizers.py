@@ -34,6 +34,9 @@ def is_adapted(params: Any) -> Any:
   """Tree of bools: what LARS decays and adapts.
 
   All but BatchNorm, biases and the classifier (model_util.get_optimizer).
+
+  >>> is_adapted({"encoder": {"bn": {"scale": 1}, "conv": {"kernel": 1}}})
+  {'encoder': {'bn': {'scale': False}, 'conv': {'kernel': True}}}
   """
   return _select(
     params,
@@ -47,6 +50,9 @@ def is_decayed(params: Any) -> Any:
   """Tree of bools: what the other optimizers decay, all but BatchNorm.
 
   Biases are decayed where they are not BatchNorm's (add_weight_decay).
+
+  >>> is_decayed({"bn": {"scale": 1, "bias": 1}, "classifier": {"bias": 1}})
+  {'bn': {'bias': False, 'scale': False}, 'classifier': {'bias': True}}
   """
   return _select(
     params,
@@ -58,7 +64,11 @@ def is_decayed(params: Any) -> Any:
 
 
 def is_classifier_kernel(params: Any) -> Any:
-  """Tree of bools: true for the classifier's kernel alone."""
+  """Tree of bools: true for the classifier's kernel alone.
+
+  >>> is_classifier_kernel({"classifier": {"bias": 1, "kernel": 1}})
+  {'classifier': {'bias': False, 'kernel': True}}
+  """
   return _select(
     params, lambda path, _: path[-1] == "kernel" and "classifier" in path
   )
@@ -78,10 +88,6 @@ def lars(
   inside the momentum. BatchNorm's parameters, biases and the classifier get
   neither the decay nor r.
 
-  Example:
-    tx = lars(0.3, weight_decay=1e-4)
-    updates, opt_state = tx.update(grads, tx.init(params), params)
-
   Args:
     learning_rate: a number or a schedule, step -> rate.
     weight_decay: per step, before the norms are taken.
@@ -90,6 +96,12 @@ def lars(
 
   Returns:
     An optax.GradientTransformation whose update needs the parameters.
+
+  >>> params = {"kernel": jnp.ones(4)}
+  >>> tx = lars(0.5, weight_decay=0.0)
+  >>> updates, _ = tx.update({"kernel": jnp.ones(4)}, tx.init(params), params)
+  >>> print(updates["kernel"].round(6))  # 0.5 * 0.001 * |w| / |g|
+  [-0.0005 -0.0005 -0.0005 -0.0005]
   """
   return optax.lars(
     learning_rate,
@@ -127,6 +139,12 @@ def make_optimizer(
 
   Raises:
     UserError: the name is none of the three.
+
+  >>> params = {"kernel": jnp.ones(2)}
+  >>> tx = make_optimizer("adam", learning_rate=0.5, weight_decay=0.0)
+  >>> updates, _ = tx.update(params, tx.init(params), params)
+  >>> updates["kernel"].round(3).tolist()
+  [-0.5, -0.5]
   """
   if name == "lars":
     optimizer = optax.chain(
@@ -165,12 +183,13 @@ def peak_learning_rate(
   "linear" is learning_rate * batch_size / 256, "sqrt" learning_rate *
   sqrt(batch_size), "none" learning_rate (2002.05709, appendix B.1).
 
-  Example:
-    peak_learning_rate(learning_rate=0.3, batch_size=4096, scaling="linear")
-    # 4.8, as is 0.075 with "sqrt"
-
   Raises:
     UserError: the scaling is none of the three.
+
+  >>> peak_learning_rate(learning_rate=0.3, batch_size=4096, scaling="linear")
+  4.8
+  >>> peak_learning_rate(learning_rate=0.075, batch_size=4096, scaling="sqrt")
+  4.8
   """
   if scaling == "linear":
     return learning_rate * batch_size / 256
@@ -197,12 +216,6 @@ def learning_rate_schedule(
   warm-up, the peak is at step warmup_steps, 0 at num_steps and after. A run
   that is shorter than its warm-up ends inside it, which is printed.
 
-  Example:
-    rate = learning_rate_schedule(learning_rate=0.3, batch_size=512,
-                                  scaling="linear", warmup_steps=10,
-                                  num_steps=100)
-    rate(5)  # 0.3
-
   Args:
     learning_rate: the base rate, see peak_learning_rate.
     batch_size: of the global batch.
@@ -215,6 +228,16 @@ def learning_rate_schedule(
 
   Raises:
     UserError: see peak_learning_rate.
+
+  >>> rate = learning_rate_schedule(
+  ...   learning_rate=0.25,
+  ...   batch_size=512,
+  ...   scaling="linear",
+  ...   warmup_steps=10,
+  ...   num_steps=100,
+  ... )
+  >>> [rate(step).round(3).item() for step in (0, 5, 10, 100)]
+  [0.0, 0.25, 0.5, 0.0]
   """
   peak = peak_learning_rate(
     learning_rate=learning_rate, batch_size=batch_size, scaling=scaling

@@ -250,7 +250,12 @@ def unused_accelerator() -> str:
 
 
 def pmap(fn, *, donate_argnums=()):
-  """Maps `fn` over all devices of all hosts; every argument is sharded."""
+  """Maps `fn` over all devices of all hosts; every argument is sharded.
+
+  >>> sum_fn = pmap(lambda x: jax.lax.psum(x, AXIS))
+  >>> int(unreplicate(sum_fn(replicate(1)))) == jax.device_count()
+  True
+  """
   return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
 
 
@@ -261,7 +266,11 @@ def _sharding() -> NamedSharding:
 
 
 def replicate(tree):
-  """Copies a tree to each local device: leaves become [devices, ...]."""
+  """Copies a tree to each local device: leaves become [devices, ...].
+
+  >>> replicate({"w": np.ones(3)})["w"].shape == (jax.local_device_count(), 3)
+  True
+  """
   devices = jax.local_device_count()
 
   def copy(x):
@@ -279,6 +288,9 @@ def unreplicate(tree):
   """Returns one device's copy as numpy. Waits for it to be computed.
 
   `x[0]` would run a slicing program on every leaf; the first shard is there.
+
+  >>> unreplicate(replicate({"w": np.ones(2, bool)}))
+  {'w': array([ True,  True])}
   """
   return jax.tree.map(
     lambda x: np.asarray(x.addressable_shards[0].data)[0], tree
@@ -286,7 +298,11 @@ def unreplicate(tree):
 
 
 def shard(batch):
-  """Puts a host's batch on its devices: [n * d, ...] becomes [d, n, ...]."""
+  """Puts a host's batch on its devices: [n * d, ...] becomes [d, n, ...].
+
+  >>> shard(np.zeros((16, 5))).shape[0] == jax.local_device_count()
+  True
+  """
   devices = jax.local_device_count()
 
   def split(x):
@@ -297,7 +313,11 @@ def shard(batch):
 
 
 def prefetch(batches: Iterable, *, size: int = 2) -> Iterator:
-  """Shards `size` batches ahead; copies to the device are asynchronous."""
+  """Shards `size` batches ahead; copies to the device are asynchronous.
+
+  >>> len(list(prefetch(np.zeros((3, 16, 5)))))
+  3
+  """
   queue = collections.deque()
   batches = iter(batches)
   for batch in itertools.islice(batches, size):
@@ -312,5 +332,9 @@ def global_index(num_local: int):
   """Inside a mapped function: positions [n] of its rows in the global batch.
 
   Device d of all hosts' devices holds rows d * n .. (d + 1) * n - 1.
+
+  >>> index_fn = pmap(lambda x: x + global_index(2))
+  >>> unreplicate(index_fn(replicate(0))).tolist()  # of the first device
+  [0, 1]
   """
   return jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)

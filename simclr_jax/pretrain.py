@@ -52,6 +52,25 @@ def train_step(
 
   Returns:
     The next state, and metrics that are equal on all devices.
+
+  >>> from simclr_jax import augment, network
+  >>> net = network.load("runs/pretrained")
+  >>> optimizer = optimizers.lars(0.1, weight_decay=1e-4)
+  >>> step_fn = functools.partial(
+  ...   train_step,
+  ...   model=net.model,
+  ...   optimizer=optimizer,
+  ...   views_fn=functools.partial(augment.two_views, size=8),  # or your own
+  ...   nt_xent_fn=functools.partial(losses.nt_xent, temperature=0.1),
+  ...   probe=False,
+  ... )
+  >>> state = build.init_state(net.variables, optimizer)
+  >>> batch = {"image": np.zeros((4, 8, 8, 1), np.uint8)}
+  >>> batch |= {"size": np.full((4, 2), 8), "label": np.arange(4)}
+  >>> args = parallel.replicate((state, batch, jax.random.key(0)))
+  >>> state, metrics = jax.eval_shape(parallel.pmap(step_fn), *args)
+  >>> "contrastive_accuracy" in metrics
+  True
   """
   n = batch["image"].shape[0]
   views = views_fn(
@@ -89,7 +108,16 @@ def train_step(
 
 
 def make_step(config, model, optimizer, *, probe: bool):
-  """`train_step` with everything bound that a resolved config says."""
+  """`train_step` with everything bound that a resolved config says.
+
+  >>> config = cli.load_recipe("digits", stage="pretrain")
+  >>> config_lib.set_field(config, "model.dtype", "float32")
+  >>> model = build.make_model(config, num_classes=None, head_layer=0)
+  >>> optimizer = optimizers.lars(0.1, weight_decay=1e-4)
+  >>> step_fn = make_step(config, model, optimizer, probe=False)
+  >>> step_fn.func is train_step
+  True
+  """
   network = {
     "model": model,
     "views_fn": build.two_views(config),
@@ -137,6 +165,11 @@ def train_and_evaluate(config, workdir) -> dict:
 
   Raises:
     UserError: a mistake in the config or the data.
+
+  >>> config = cli.load_recipe("digits,width=0.0625", stage="pretrain")
+  >>> config.num_steps, config.report = 2, False
+  >>> train_and_evaluate(config, "runs/two_steps")["protocol"]
+  'knn'
   """
   config = build.start(config)
   loaded = _resolve_network(config)

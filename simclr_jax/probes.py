@@ -80,6 +80,10 @@ def knn(
 
   Raises:
     UserError: no labelled row on either side, or a label too high.
+
+  >>> h, labels = np.eye(3, dtype=np.float32), np.arange(3)
+  >>> knn(h, labels, h, labels, num_classes=3, k=1)
+  {'top1': 1.0, 'top5': 1.0}
   """
   train_features, train_labels = _labelled(
     (train_features, train_labels), num_classes
@@ -152,6 +156,10 @@ def linear(
 
   Raises:
     UserError: no labelled row on either side, or a label too high.
+
+  >>> h, labels = np.eye(3, dtype=np.float32), np.arange(3)
+  >>> linear(h, labels, h, labels, num_classes=3)
+  {'top1': 1.0, 'top5': 1.0}
   """
   return _fit_and_score(
     functools.partial(_logistic, num_steps=num_steps),
@@ -176,6 +184,10 @@ def ridge(
   A fraction of a second where `linear` takes many, and a little less accurate.
   Arguments, result and errors are those of `linear`; l2 is beside the mean
   squared error.
+
+  >>> h, labels = np.eye(3, dtype=np.float32), np.arange(3)
+  >>> ridge(h, labels, h, labels, num_classes=3)
+  {'top1': 1.0, 'top5': 1.0}
   """
   return _fit_and_score(
     _least_squares,

@@ -121,6 +121,11 @@ def open_dataset(
 
   Raises:
     config.UserError: see `load`.
+
+  >>> from simclr_jax import sources
+  >>> source = sources.make_source("digits", split="test")
+  >>> len(open_dataset(source, canvas_size=8))
+  360
   """
   size = len(source) * canvas_size**2 * source.channels
   options = {
@@ -176,6 +181,11 @@ def load(
   Raises:
     config.UserError: a damaged image (names the record or file) or none that
       is good, or more than fits this machine's memory.
+
+  >>> from simclr_jax import sources
+  >>> source = sources.make_source("digits", split="test")
+  >>> load(source, canvas_size=8).images.shape
+  (360, 8, 8, 1)
   """
   if canvas_size < 1:
     raise ValueError(f"canvas_size is {canvas_size}; it must be 1 or more")

@@ -83,6 +83,18 @@ def train_batches(
     {"image": uint8 [local, S, S, C], "label": int32 [local], -1 unknown,
     "size": int32 [local, 2] height and width}, where local is batch_size /
     process_count; the hosts' parts in order are the global batch.
+
+  >>> from simclr_jax import data, sources
+  >>> source = sources.make_source("digits", split="train")
+  >>> batches = train_batches(
+  ...   data.load(source, canvas_size=8),
+  ...   seed=0,
+  ...   batch_size=256,
+  ...   start_step=0,
+  ...   num_steps=2,
+  ... )
+  >>> [batch["image"].shape for batch in batches]
+  [(256, 8, 8, 1), (256, 8, 8, 1)]
   """
   block = _host_block(batch_size, process_index, process_count)
 
@@ -123,6 +135,12 @@ def eval_batches(
   Yields:
     As `train_batches`, and "weight": float32 [local], 1 for an example and 0
     for padding. An unlabelled example has weight 1 and label -1.
+
+  >>> from simclr_jax import data, sources
+  >>> source = sources.make_source("digits", split="test")
+  >>> batches = eval_batches(data.load(source, canvas_size=8), batch_size=256)
+  >>> [int(batch["weight"].sum()) for batch in batches]
+  [256, 104]
   """
   block = _host_block(batch_size, process_index, process_count)
 

@@ -167,6 +167,9 @@ def ahead(items: Iterable, *, size: int = 2) -> Iterator:
   Args:
     items: made in that thread alone.
     size: items waiting or in work, 1 or more.
+
+  >>> list(ahead(range(3)))
+  [0, 1, 2]
   """
   # One more is in the thread's hands.
   slots: queue.Queue = queue.Queue(maxsize=max(1, size - 1))

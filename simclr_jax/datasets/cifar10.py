@@ -37,6 +37,11 @@ def prepare_cifar10(
 
   Raises:
     UserError: no such archive, or one with another content.
+
+  >>> prepare_cifar10("datasets", archive="cifar-10-binary.tar.gz")
+  Traceback (most recent call last):
+    ...
+  simclr_jax.config.UserError: ...cifar-10-binary.tar.gz...
   """
   import tensorflow_datasets as tfds
 

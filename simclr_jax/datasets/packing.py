@@ -48,6 +48,10 @@ def pack(
 
   Raises:
     UserError: a damaged image, or a folder that holds something else.
+
+  >>> source = sources.make_source("digits", split="test")
+  >>> pack({"test": source}, output="packed", canvas_size=8).as_posix()
+  'packed/packed/1.0.0'
   """
   from array_record.python import array_record_module
 

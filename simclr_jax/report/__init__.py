@@ -28,6 +28,9 @@ def write(workdir, *, beside: Sequence = ()):
   Raises:
     UserError: `workdir` or one of `beside` is not a run's directory.
     OSError: the page cannot be written.
+
+  >>> write("runs/pretrained").name
+  'report.html'
   """
   run = read(workdir)
   others = [read(other) for other in beside]
