@@ -19,6 +19,7 @@ from simclr_jax import (
   cli,
   convert,
   distill,
+  embed,
   finetune,
   models,
   pretrain,
@@ -636,3 +637,10 @@ def test_other_stages_take_a_converted_network(converted):
   assert (config.model.depth, config.head_layer) == (18, 1)
   assert student["params"]["classifier"]["kernel"].shape == (512 // 16, 2)
   assert about["label_names"] == ["a", "b"]
+  embed.embed(
+    checkpoint=root / "pretrained",
+    data=f"folder:{root / 'pictures'}",
+    output=root / "features.npz",
+  )
+  with np.load(root / "features.npz") as file:
+    assert file["features"].shape == (16, 32)

@@ -373,7 +373,14 @@ MESSAGES = {
     "cifar10",
     "train",
     "{empty}",
-    f"tfds:cifar10 is not prepared in {{empty}}; {WHERE} {BUILD} cifar10 "
+    f"tfds:cifar10 is not prepared in {{empty}}; {WHERE} python -m "
+    "simclr_jax.datasets prepare cifar10 --data_dir={empty}",
+  ),
+  "not prepared, with TensorFlow": (
+    "cifar100",
+    "train",
+    "{empty}",
+    f"tfds:cifar100 is not prepared in {{empty}}; {WHERE} {BUILD} cifar100 "
     "--file_format=array_record --data_dir={empty}",
   ),
   "from archives, to a path with a space": (
@@ -582,6 +589,15 @@ def test_modes_become_one_or_three_channels(mode):
   else:
     expected = np.array(image.convert("RGB").convert("L"))[..., None]
   np.testing.assert_array_equal(decode(record, channels=1), expected)
+
+
+def test_pixels_become_one_or_three_channels():
+  """A network may take other channels than the images have."""
+  rgb, gray = photo(12, 20), photo(12, 20, channels=1)
+  three = decode(gray.reshape(12, 20, 1), channels=3)
+  np.testing.assert_array_equal(three, gray.reshape(12, 20, 1).repeat(3, 2))
+  one = np.array(PIL.Image.fromarray(rgb).convert("L"))[..., None]
+  np.testing.assert_array_equal(decode(rgb, channels=1), one)
 
 
 def test_jpeg_modes(decoder):
