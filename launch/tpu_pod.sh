@@ -17,7 +17,7 @@
 #   --keep          does not delete the slice at the end
 #
 # The checkout is copied to each worker, installed in ~/.venv there with the
-# extra `tpu`, and COMMAND runs in it on every worker. JAX finds the workers by
+# extras `tpu` and `gcs`, and COMMAND runs in it on every worker. JAX finds the workers by
 # itself. The workdir must be in a bucket. After exit 143 and after a preemption
 # the command is started again, on a new slice if need be, and continues from
 # its last checkpoint; any other code ends this script with it. An interrupted
@@ -82,7 +82,7 @@ ready() { # makes the slice and installs the package, unless that is done
   fi
   tpu scp --recurse "$source" "$name:" "${options[@]}" \
     --worker=all || return
-  on_all "python3 -m venv .venv && .venv/bin/pip install -q './simclr_jax[tpu]'" ||
+  on_all "python3 -m venv .venv && .venv/bin/pip install -q './simclr_jax[tpu,gcs]'" ||
     return
   prepared=yes
 }

@@ -9,10 +9,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
-import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,40 +19,12 @@ from etils import epath
 from flax import traverse_util
 
 from simclr_jax import config as config_lib
+from simclr_jax import storage
 from simclr_jax.config import UserError
 
 
 def _directory(workdir) -> epath.Path:
-  # Orbax notices a relative path only in its writing thread.
-  path = epath.Path(workdir)
-  if "://" not in str(workdir):
-    path = epath.Path(Path(workdir).expanduser().absolute())
-  return path / "checkpoints"
-
-
-@contextlib.contextmanager
-def writing(where) -> Iterator[None]:
-  """Turns a full disk, a read-only or a lost directory into a UserError.
-
-  Args:
-    where: the directory that is written to, for the message.
-  """
-  try:
-    yield
-  except (OSError, ValueError) as error:
-    # TensorStore puts the system's error number into the text.
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if isinstance(error, OSError):
-      reason = error.strerror or str(error)
-    elif code:
-      reason = os.strerror(int(code[1]))
-    else:
-      raise
-    raise UserError(
-      f"{where} cannot be written: {reason}. The last complete checkpoint "
-      "there is intact; make room or give it back, and start the same command "
-      "again."
-    ) from None
+  return storage.root(workdir) / "checkpoints"
 
 
 @contextlib.contextmanager
@@ -67,10 +36,14 @@ def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
   Args:
     workdir: the run's directory.
     keep: how many of the latest checkpoints stay.
+
+  >>> with open_manager("runs/pretrained", keep=2) as manager:
+  ...   manager.latest_step()
+  7
   """
   # Orbax logs each failure three times with its trace, and raises it too.
   logging.get_absl_logger().addFilter(_is_no_trace)
-  with writing(_directory(workdir)):
+  with storage.writing(_directory(workdir)):
     manager = ocp.CheckpointManager(
       _directory(workdir),
       options=ocp.CheckpointManagerOptions(
@@ -87,7 +60,7 @@ def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
     with contextlib.suppress(Exception):  # the first error says more
       manager.close()
     raise
-  with writing(manager.directory):
+  with storage.writing(manager.directory):
     manager.close()
 
 
@@ -109,10 +82,18 @@ def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
 
   Raises:
     UserError: this save or the one before it could not be written.
+
+  >>> config = config_lib.from_json_tree({"seed": 0})
+  >>> state = {"step": 3, "params": {"w": np.ones(2)}}
+  >>> state |= {"batch_stats": {}, "opt_state": {}}
+  >>> with open_manager("runs/saved", keep=1) as manager:
+  ...   save(manager, state, config)
+  >>> load("runs/saved")[1]["params"]
+  {'w': array([1., 1.])}
   """
   tree = dict(state, opt_state=_by_path(state["opt_state"]))
   described = {"config": config.to_dict(), "extra": extra or {}}
-  with writing(manager.directory):
+  with storage.writing(manager.directory):
     if not manager.directory.exists():  # Orbax would make a new one
       raise FileNotFoundError(errno.ENOENT, "the directory is gone")
     for step in manager.all_steps():
@@ -132,8 +113,11 @@ def check(manager, *, wait: bool = False) -> None:
   Args:
     manager: from `open_manager`.
     wait: until it is complete.
+
+  >>> with open_manager("runs/pretrained", keep=1) as manager:
+  ...   check(manager, wait=True)
   """
-  with writing(manager.directory):
+  with storage.writing(manager.directory):
     if wait:
       manager.wait_until_finished()
     manager.check_for_errors()
@@ -155,6 +139,10 @@ def restore_latest(manager, target: dict) -> dict | None:
 
   Raises:
     UserError: checkpoints exist but none can be read, or the shapes differ.
+
+  >>> with open_manager("runs/new", keep=1) as manager:
+  ...   print(restore_latest(manager, {"step": 0, "params": {}}))
+  None
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for step in steps:
@@ -221,6 +209,10 @@ def load(workdir, *, field: str = "checkpoint"):
 
   Raises:
     UserError: no such directory, or no checkpoint in it.
+
+  >>> config, variables = load("runs/pretrained")
+  >>> config.model.depth, sorted(variables["params"])
+  (18, ['encoder', 'projection_head'])
   """
   config, variables, _ = load_described(workdir, field=field)
   return config, variables
@@ -231,6 +223,10 @@ def load_described(workdir, *, field: str = "checkpoint"):
 
   It has what `save` was given as `extra`, and "workdir", "step" and "hash" (of
   the variables).
+
+  >>> config, variables, about = load_described("runs/finetuned")
+  >>> about["step"], about["label_names"][:3]
+  (7, ['0', '1', '2'])
   """
   directory = _directory(workdir)
   if not directory.parent.exists():
@@ -327,6 +323,11 @@ def merge(variables: dict, loaded: dict, *, new=(), where: str) -> dict:
   Raises:
     UserError: a name is missing or not expected, or a shape differs; all of
       them in one line.
+
+  >>> new = {"params": {"encoder": np.zeros(1), "classifier": np.zeros(1)}}
+  >>> old = {"params": {"encoder": np.ones(1)}}
+  >>> merge(new, old, new=("classifier",), where="runs/pretrained")
+  {'params': {'encoder': array([1.]), 'classifier': array([0.])}}
   """
   merged = {}
   for collection, tree in variables.items():

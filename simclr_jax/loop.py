@@ -21,6 +21,7 @@ from simclr_jax import (
   parallel,
   rundir,
   signals,
+  storage,
   watchdog,
 )
 from simclr_jax.config import Diverged
@@ -231,7 +232,7 @@ class _Log:
     self._batch_size, self._tflop = config.batch_size, None
     self._host0 = jax.process_index() == 0
     self._marker = epath.Path(workdir) / rundir.DIVERGED
-    self._writing = functools.partial(checkpoint.writing, workdir)
+    self._writing = functools.partial(storage.writing, workdir)
     self._writer = logs.MetricsWriter(workdir, start) if self._host0 else None
     self.progress = logs.Progress(
       start, num_steps, batch_size=config.batch_size, quiet=not self._host0

@@ -7,8 +7,8 @@ import time
 import jax
 from etils import epath
 
-from simclr_jax import checkpoint, parallel
 from simclr_jax import config as config_lib
+from simclr_jax import parallel, storage
 from simclr_jax.config import UserError
 
 # A run may be continued with another value of these.
@@ -35,9 +35,9 @@ def claim(config, workdir) -> None:
 
   Raises:
     UserError: the directory cannot be written, holds another run, is not shared
-      by all hosts, or the run there diverged.
+      by all hosts, or the run there diverged; or a package for it is missing.
   """
-  workdir = epath.Path(workdir)
+  workdir = storage.root(workdir)
   file, marker = workdir / "config.json", workdir / DIVERGED
 
   def make():
@@ -132,6 +132,6 @@ def write_result(workdir, result: dict) -> dict:
   """Writes result.json (host 0) and returns `result`."""
   if jax.process_index() == 0:
     text = json.dumps(result, indent=2) + "\n"
-    with checkpoint.writing(workdir):
+    with storage.writing(workdir):
       (epath.Path(workdir) / "result.json").write_text(text)
   return result

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from simclr_jax import augment, checkpoint, report
+from simclr_jax import augment, report, storage
 
 _NUM_PAIRS = 64  # of the similarity matrix; also images at a time
 _NUM_SHOWN = 12  # of them with their views
@@ -38,7 +38,7 @@ def save(workdir, config, state, model, train, test, views_fn) -> None:
     arrays = take(config, variables, model, train, test, views_fn)
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
-    with checkpoint.writing(workdir):
+    with storage.writing(workdir):
       (epath.Path(workdir) / report.SAMPLES).write_bytes(file.getvalue())
       report.write(workdir)
   except Exception as error:

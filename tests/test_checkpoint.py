@@ -1,5 +1,6 @@
 """Checkpoints as users meet them: load, merge, and what can be wrong."""
 
+import importlib.util
 import shutil
 
 import jax
@@ -7,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from simclr_jax import checkpoint
+from simclr_jax import checkpoint, rundir
 from simclr_jax.config import UserError
 
 
@@ -54,6 +55,22 @@ def test_a_relative_workdir_works(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   write("run", 3)
   assert checkpoint.load("run")[0].model.depth == 18
+
+
+@pytest.mark.parametrize(
+  "workdir, message",
+  [
+    ("gs://bucket/run", r"needs the package gcsfs: .*simclr_jax\[gcs\]"),
+    ("s3://bucket/run", r"needs the package s3fs: .*simclr_jax\[s3\]"),
+    ("hdfs://host/run", r"must be a local path, gs://"),
+  ],
+)
+def test_a_bucket_that_cannot_be_reached(workdir, message, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=message):
+    checkpoint.load(workdir)
+  with pytest.raises(UserError, match=message):
+    rundir.claim(CONFIG, workdir)
 
 
 def test_restore_gives_the_optimizer_state_its_structure(tmp_path):

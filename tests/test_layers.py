@@ -21,6 +21,7 @@ PACKAGE = ROOT / "simclr_jax"
 # A package (augment, sources) counts as one module. `config` is for all.
 LAYERS = (
   ("base", {"config"}),
+  ("places", {"storage"}),
   (
     "leaves",
     {

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from etils import epath
 from tqdm import auto
 
-from simclr_jax import sources
+from simclr_jax import sources, storage
 from simclr_jax.config import UserError
 from simclr_jax.data.memory import Dataset, open_dataset
+from simclr_jax.data.scan import with_listed_labels
 from simclr_jax.data.stream import Streamed
 
 
@@ -33,10 +33,25 @@ def open_splits(
 
   Raises:
     UserError: a mistake in `config.data`, or a damaged image.
+
+  >>> from simclr_jax import cli
+  >>> config = cli.load_recipe("digits", stage="pretrain")
+  >>> train, test = open_splits(config, "runs/new")
+  >>> len(train), len(test)
+  (1437, 360)
   """
   train = _source(config, config.data.split, channels)
   if train.note:
     print(train.note, flush=True)
+  if config.data.label_ids:
+    train = with_listed_labels(
+      train, config.data.label_ids, cache_dir=_cache_dir(workdir)
+    )
+    print(
+      f"{train.name} {train.split}: {np.sum(train.labels >= 0)} of {len(train)} "
+      f"images are labelled, those in {config.data.label_ids}.",
+      flush=True,
+    )
   if config.stage == "finetune" and train.labels is not None:
     labelled = np.flatnonzero(train.labels >= 0)
     if not len(labelled):
@@ -111,7 +126,7 @@ def _progress(title):
 def _skipped_list(workdir):
   """A function that adds a line to skipped.txt of the run, each line once."""
   index = jax.process_index()
-  file = epath.Path(workdir) / f"skipped{f'_{index}' if index else ''}.txt"
+  file = storage.root(workdir) / f"skipped{f'_{index}' if index else ''}.txt"
   lock = threading.Lock()
   lines: list[str] = []
 

@@ -1,0 +1,69 @@
+"""Where runs are kept: folders and buckets, and what may be wrong with them."""
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from simclr_jax.config import UserError
+
+# What etils.epath reads buckets with, and the extra that brings it.
+_BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+
+
+def root(workdir) -> epath.Path:
+  """A run's directory as an absolute path, or one in a bucket.
+
+  Raises:
+    UserError: the package for this kind of bucket is not installed.
+
+  >>> root("runs/mine").is_absolute()
+  True
+  """
+  scheme, separator, _ = str(workdir).partition("://")
+  if not separator:  # Orbax notices a relative path only in its writing thread
+    return epath.Path(Path(workdir).expanduser().absolute())
+  package, extra = _BUCKETS.get(scheme, ("", ""))
+  if not package:
+    raise UserError(f"{workdir}: must be a local path, gs://... or s3://...")
+  if not importlib.util.find_spec(package):
+    raise UserError(
+      f"{workdir}: needs the package {package}: pip install "
+      f'"simclr_jax[{extra}]"'
+    )
+  return epath.Path(workdir)
+
+
+@contextlib.contextmanager
+def writing(where) -> Iterator[None]:
+  """Turns a full disk, a read-only or a lost directory into a UserError.
+
+  Args:
+    where: the directory that is written to, for the message.
+
+  >>> with writing("runs"):
+  ...   raise OSError(28, "No space left on device")
+  Traceback (most recent call last):
+    ...
+  simclr_jax.config.UserError: runs cannot be written: No space left on ...
+  """
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    # TensorStore puts the system's error number into the text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if isinstance(error, OSError):
+      reason = error.strerror or str(error)
+    elif code:
+      reason = os.strerror(int(code[1]))
+    else:
+      raise
+    raise UserError(
+      f"{where} cannot be written: {reason}. The last complete checkpoint "
+      "there is intact; make room or give it back, and start the same command "
+      "again."
+    ) from None
