@@ -100,7 +100,9 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> config = cli.load_recipe("digits,labels=1", stage="finetune")
   >>> config.pretrained, config.report = "runs/pretrained", False
   >>> config.num_steps = 2
-  >>> train_and_evaluate(config, "runs/one_percent")["protocol"]
+  >>> result = train_and_evaluate(config, "runs/one_percent")
+  finetune: ResNet-18 ...
+  >>> result["protocol"]
   'finetune 1%'
   """
   config = build.start(config)

@@ -110,8 +110,9 @@ def train_step(
 def make_step(config, model, optimizer, *, probe: bool):
   """`train_step` with everything bound that a resolved config says.
 
-  >>> config = cli.load_recipe("digits", stage="pretrain")
-  >>> config_lib.set_field(config, "model.dtype", "float32")
+  >>> config = build.start(cli.load_recipe("digits", stage="pretrain"))
+  >>> build.resolve(config)
+  pretrain: ResNet-18 ...
   >>> model = build.make_model(config, num_classes=None, head_layer=0)
   >>> optimizer = optimizers.lars(0.1, weight_decay=1e-4)
   >>> step_fn = make_step(config, model, optimizer, probe=False)
@@ -168,7 +169,9 @@ def train_and_evaluate(config, workdir) -> dict:
 
   >>> config = cli.load_recipe("digits,width=0.0625", stage="pretrain")
   >>> config.num_steps, config.report = 2, False
-  >>> train_and_evaluate(config, "runs/two_steps")["protocol"]
+  >>> result = train_and_evaluate(config, "runs/two_steps")
+  pretrain: ResNet-18 ...
+  >>> result["protocol"]
   'knn'
   """
   config = build.start(config)
