@@ -54,7 +54,10 @@ def make_run(
       manager,
       {"step": np.asarray(7, np.int32), "opt_state": {}, **variables},
       settings,
-      extra={"label_names": list(names)},
+      extra={
+        "label_names": list(names),
+        "labels_used": {"percent": 100.0, "seed": 0},
+      },
     )
   return settings, variables
 
