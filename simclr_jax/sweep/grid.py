@@ -76,6 +76,11 @@ def make_cells(
 
   Raises:
     UserError: an unknown size.
+
+  >>> grid = dict(recipe="digits", sizes=["18x0.125"], seeds=[0])
+  >>> cells = make_cells(**grid, percents=[1], methods=["finetune"])
+  >>> [cell.name for cell in cells]
+  ['pretrain_18x0.125_seed0', 'finetune_18x0.125_1_seed0']
   """
   cells = [
     cell

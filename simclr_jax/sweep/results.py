@@ -34,7 +34,12 @@ def collect(cells: Sequence[Cell], workdir: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows) -> dict[tuple, tuple[float, float, int]]:
-  """(method, size, percent) -> mean, standard deviation and count of top-1."""
+  """(method, size, percent) -> mean, standard deviation and count of top-1.
+
+  >>> row = {"method": "linear", "size": "18x1", "label_percent": 1.0}
+  >>> summary([row | {"top1": 0.5}, row | {"top1": None}])
+  {('linear', '18x1', 1.0): (0.5, 0.0, 1)}
+  """
   groups: dict[tuple, list[float]] = {}
   for row in rows:
     if row["top1"] is not None:
