@@ -132,7 +132,9 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> config = cli.load_recipe("digits", stage="distill")
   >>> config.teacher, config.report = "runs/finetuned", False
   >>> config.num_steps = 2
-  >>> train_and_evaluate(config, "runs/student")["protocol"]
+  >>> result = train_and_evaluate(config, "runs/student")
+  distill: ResNet-18 ...
+  >>> result["protocol"]
   'distill'
   """
   config = build.start(config)

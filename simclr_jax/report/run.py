@@ -79,6 +79,9 @@ def read(workdir) -> Run:
 
   Raises:
     UserError: there is no such directory, or no config.json in it.
+
+  >>> read("runs/pretrained").config["model.depth"]
+  18
   """
   workdir = epath.Path(workdir).expanduser()
   file = workdir / "config.json"
@@ -144,6 +147,10 @@ def chain(run: Run) -> tuple[list[Run], str]:
 
   Returns:
     (runs, note): the note says which directory was not found, or is "".
+
+  >>> runs, note = chain(read("runs/finetuned"))
+  >>> [run.name for run in runs]
+  ['pretrained', 'finetuned']
   """
   runs, note = [run], ""
   while source := run.config.get("teacher") or run.config.get("pretrained"):
