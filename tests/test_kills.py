@@ -19,4 +19,5 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_left_alone():
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert done.stdout.startswith("10 kills")
+  assert " 0 of them during a save" not in done.stdout
   assert "ended with the bits and lines of one left alone" in done.stdout

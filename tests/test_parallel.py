@@ -1,13 +1,9 @@
 """Placement on devices: 8 fake ones here (conftest.py); finding other hosts."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_steps
 
 from simclr_jax import parallel
 from simclr_jax.config import UserError
@@ -69,57 +65,6 @@ def test_a_second_step_compiles_nothing():
     state = mapped(state, parallel.shard(np.ones((16, 2))), key)
   assert len(traces) == 1
   assert int(parallel.unreplicate(state)["step"]) == 3
-
-
-# -- collectives --------------------------------------------------------------
-
-_NAMES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-
-
-def collectives(text):
-  """Of a compiled program: [(name, shapes of its results)]."""
-  found = re.findall(rf"= (.*?) ({_NAMES})(?:-start)?\(", text)
-  return [
-    (
-      name,
-      [
-        tuple(int(n) for n in dims.split(",") if n)
-        for dims in re.findall(r"\w\d+\[([\d,]*)\]", result)
-      ],
-    )
-    for result, name in found
-  ]
-
-
-def test_collectives_of_a_pretraining_step(x64):
-  """docs/scaling.md is derived from these."""
-  state = test_steps.initial(test_steps.network(head_layer=0, probe=True))
-  batch = test_steps.make_batch()
-  text = (
-    parallel.pmap(test_steps.pretrain_step())
-    .lower(
-      parallel.replicate(jax.tree.map(np.asarray, state)),
-      parallel.shard(batch),
-      parallel.replicate(jax.random.key(0)),
-    )
-    .compile()
-    .as_text()
-  )
-  found = collectives(text)
-  sizes = {name: [] for name, _ in found}
-  for name, shapes in found:
-    sizes[name].append(sum(map(math.prod, shapes)))
-  z = 2 * test_steps.BATCH * 8  # two views, 8 features
-  assert sizes.pop("all-gather") == [z]
-  assert sizes.pop("reduce-scatter") == [z // 8]
-  (reductions,) = sizes.values()  # and no other kind
-  num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  moments = [x.size for x in jax.tree.leaves(state.batch_stats)]
-  # BatchNorm sends two moments of each channel forward and two back; XLA may
-  # put the reduction of gradients into one with theirs, or split it.
-  expected = num_parameters + 2 * sum(moments)
-  assert expected <= sum(reductions) <= expected + 20  # scalars: the metrics
-  assert len(reductions) <= 1 + len(moments)
 
 
 # -- clusters -----------------------------------------------------------------
