@@ -41,6 +41,7 @@ def get_config(arg="digits"):
   config.data.image_size = 0  # from the teacher
   config.data.canvas_size = 0  # from the teacher
   config.data.labels = ""  # of a folder: a csv | folders | none; "": find out
+  config.data.label_ids = ""  # a file of ids: their labels alone are used
   config.data.eval_fraction = 0.0  # of a folder's labels, held out as "test"
   config.data.on_error = "raise"  # at a damaged image: raise | skip
   config.data.memory_gib = 0.0  # larger is streamed; 0: half of the memory

@@ -239,6 +239,8 @@ def _resolve_student(config, taught) -> None:
   where = f"the teacher {config.teacher}"
   theirs = config_lib.flat(taught)
   config_lib.inherit(config, theirs, build.VIEW, where=where)
+  if config.loss.label_weight:  # no label that the teacher has not seen
+    config_lib.fill(config, theirs, ("data.label_ids",))
   config_lib.fill(config, theirs, (*build.ENCODER, *build.HEAD, "head_layer"))
 
 

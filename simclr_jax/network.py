@@ -111,7 +111,7 @@ def check_layer(network: Network, layer: str) -> None:
 def open_source(
   network: Network, name: str, *, split: str = "", **options
 ) -> sources_lib.Source:
-  """Opens images for a network, with the seed of its run.
+  """Opens images for a network, split as training splits them.
 
   Args:
     network: from `load`; says how many channels the images get.
@@ -127,9 +127,7 @@ def open_source(
   """
   split = split or ("all" if name.startswith("folder:") else "train")
   try:
-    source = sources_lib.make_source(
-      name, split=split, seed=network.config.seed, **options
-    )
+    source = sources_lib.make_source(name, split=split, **options)
   except UserError as error:
     raise UserError(_as_flags(str(error))) from None
   if source.channels == network.channels:

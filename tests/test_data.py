@@ -8,6 +8,7 @@ import pytest
 
 from simclr_jax import data
 from simclr_jax.config import UserError
+from simclr_jax.data.scan import with_listed_labels
 from simclr_jax.sources import Source, make_source
 
 
@@ -438,3 +439,91 @@ def test_label_subset_without_labels():
   with pytest.raises(UserError) as error:
     data.label_subset(np.full(9, -1), percent=10, seed=0)
   assert str(error.value) == "the dataset has no labelled image."
+
+
+# -- a file of ids ------------------------------------------------------------
+
+
+def numbered(num_examples=1300):
+  """A source of blank images whose ids are n0.jpg, n1.jpg, ..."""
+  reads = []
+
+  def read_ids(indices):
+    reads.append(len(indices))
+    return [(f"n{i}.jpg", i % 3) for i in indices]
+
+  source = Source(
+    name="tfds:numbered",
+    split="train",
+    num_examples=num_examples,
+    read=lambda indices: [
+      (np.full((4, 4, 1), i % 251, np.uint8), i % 3) for i in indices
+    ],
+    describe=str,
+    label_names=("a", "b", "c"),
+    channels=1,
+    shape=(4, 4),
+    fingerprint="numbered",
+    read_ids=read_ids,
+  )
+  return source, reads
+
+
+def test_labels_of_listed_ids_alone(tmp_path):
+  source, reads = numbered()
+  (tmp_path / "ids.txt").write_text("n1299.jpg\n n7.jpg\n\nn512.jpg\r\n")
+  options = {"cache_dir": tmp_path / "cache"}
+  listed = with_listed_labels(source, tmp_path / "ids.txt", **options)
+  expected = np.full(1300, -1)
+  expected[[7, 512, 1299]] = 7 % 3, 512 % 3, 1299 % 3
+  np.testing.assert_array_equal(listed.labels, expected)
+  assert [label for _, label in listed.fetch([6, 7])] == [-1, 1]
+  assert listed.fingerprint != source.fingerprint
+  # All records are read once, and kept by source and ids.
+  assert sum(reads) == 1300
+  again = with_listed_labels(source, tmp_path / "ids.txt", **options)
+  np.testing.assert_array_equal(again.labels, expected)
+  assert sum(reads) == 1300
+  (tmp_path / "ids.txt").write_text("n8.jpg")
+  other = with_listed_labels(source, tmp_path / "ids.txt", **options)
+  assert np.flatnonzero(other.labels >= 0).tolist() == [8]
+  # A selection keeps its ids.
+  part = source.select(np.array([8, 5]))
+  other = with_listed_labels(part, tmp_path / "ids.txt")
+  assert other.labels.tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    (
+      None,
+      "data.label_ids: {file} cannot be read (No such file or directory).",
+    ),
+    (" \n", "data.label_ids: {file} is empty; write an id a line."),
+    (
+      "n3.jpg\nn4.JPEG\nx\n",
+      "2 of the 3 ids in data.label_ids are not in tfds:numbered train, such as "
+      '"n4.JPEG"; its ids look like "n0.jpg".',
+    ),
+  ],
+)
+def test_messages_of_a_file_of_ids(text, message, tmp_path):
+  file = tmp_path / "ids.txt"
+  if text is not None:
+    file.write_text(text)
+  with pytest.raises(UserError) as error:
+    with_listed_labels(numbered()[0], file, cache_dir=tmp_path)
+  assert str(error.value) == message.format(file=file)
+  assert not list(tmp_path.glob("labels*"))
+
+
+def test_a_file_of_ids_needs_ids(tmp_path):
+  (tmp_path / "ids.txt").write_text("7\n")
+  with pytest.raises(UserError) as error:
+    with_listed_labels(
+      make_source("digits", split="train"), tmp_path / "ids.txt"
+    )
+  assert str(error.value) == (
+    "data.label_ids is given, but the records of digits have no ids."
+  )

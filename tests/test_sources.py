@@ -307,6 +307,17 @@ def test_tfds_splits_slices_and_missing_labels(tiny):
   assert len({s.fingerprint for s in (source, part, both)}) == 3
 
 
+def test_tfds_ids(tiny):
+  source = make_source("tfds:pictures", split="train[2:]", data_dir=tiny)
+  names = [name for name, _ in source.read_ids(range(4))]
+  assert len(set(names)) == 4 and set(names) < set("012345")
+  assert [label for _, label in source.read_ids([1, 3])] == [
+    label for _, label in source.fetch([1, 3])
+  ]
+  selected = source.select(np.array([3, 0]))
+  assert [name for name, _ in selected.read_ids([0, 1])] == [names[3], names[0]]
+
+
 def test_tfds_data_dir_from_the_environment(tiny, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", tiny)
   assert len(make_source("tfds:pictures", split="train")) == 6

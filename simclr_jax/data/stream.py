@@ -2,23 +2,20 @@
 
 import dataclasses
 import functools
-import hashlib
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch
+from simclr_jax.data.scan import scan_labels
 from simclr_jax.sources import Source
 
 # Examples that one thread reads and decodes at a time, at most.
 _CHUNK = 32
-# Records that are read at a time for their labels.
-_SCAN_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +62,7 @@ class Streamed:
       return np.array(self.source.labels, np.int32)
     if not self.num_classes:
       return np.full(len(self), -1, np.int32)
-    return _scan_labels(self.source, self.cache_dir)
+    return scan_labels(self.source, self.cache_dir)
 
   def __len__(self):
     return len(self.source)
@@ -132,30 +129,6 @@ class Streamed:
     return fetch.replacement(
       self.source, index, seed=self.seed, max_size=self.canvas_size
     )[1:]
-
-
-def _scan_labels(source, cache_dir):
-  """The labels of all records, read once."""
-  digest = hashlib.sha256(source.fingerprint.encode()).hexdigest()[:24]
-  file = Path(cache_dir) / f"labels-{digest}.npy"
-  if cache_dir and file.exists():
-    labels = np.load(file)
-    if len(labels) == len(source):
-      return labels
-
-  def scan(start):
-    indices = range(start, min(start + _SCAN_CHUNK, len(source)))
-    return [label for _, label in source.read(indices)]
-
-  starts = range(0, len(source), _SCAN_CHUNK)
-  parts = list(fetch.threads().map(scan, starts))
-  labels = np.concatenate([np.array(part, np.int32) for part in parts])
-  if cache_dir:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial.npy")
-    np.save(partial, labels)
-    partial.rename(file)
-  return labels
 
 
 def ahead(items: Iterable, *, size: int = 2) -> Iterator:

@@ -128,7 +128,11 @@ def _packed(source, indices, canvas_size, *, lossless, on_skip):
       example = tf_example_pb2.Example()
       features = example.features.feature
       features["image"].bytes_list.value.append(original)
-      file = source.describe(i).encode("utf-8", "backslashreplace")
+      if source.read_ids:
+        ((file, _),) = source.read_ids([i])
+      else:
+        file = source.describe(i)
+      file = file.encode("utf-8", "backslashreplace")
       features["file_name"].bytes_list.value.append(file)
       if source.num_classes:
         features["label"].int64_list.value.append(label)

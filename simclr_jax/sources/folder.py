@@ -160,6 +160,7 @@ def _source(
     fingerprint=f"folder:{len(files)}:{digest.hexdigest()[:32]}",
     labels=labels,
     note=note,
+    read_ids=lambda indices: [(files[i], int(labels[i])) for i in indices],
   )
 
 

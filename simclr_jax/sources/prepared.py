@@ -10,6 +10,10 @@ from simclr_jax.sources.decode import one_line
 from simclr_jax.sources.source import Source
 
 
+# Features of text that tell records apart.
+_ID_KEYS = ("file_name", "filename", "image/filename", "id", "image_id")
+
+
 def open_tfds(name: str, *, split: str, data_dir: str) -> Source:
   """A prepared TFDS dataset, read without TensorFlow.
 
@@ -42,7 +46,7 @@ def open_tfds(name: str, *, split: str, data_dir: str) -> Source:
   def describe(index):
     return f"tfds:{name} {split} record {index} in {builder.data_dir}"
 
-  def read(indices):
+  def read(indices, value=lambda x: x[image_key].bytes_list.value[0]):
     try:
       examples = [
         tf_example_pb2.Example.FromString(record).features.feature
@@ -50,19 +54,23 @@ def open_tfds(name: str, *, split: str, data_dir: str) -> Source:
       ]
       return [
         (
-          example[image_key].bytes_list.value[0],
+          value(example),
           int(example[label_key].int64_list.value[0]) if label_key else -1,
         )
         for example in examples
       ]
     except Exception as error:  # array_record and protobuf raise many types.
       if len(indices) > 1:  # Find the damaged one.
-        return [read([index])[0] for index in indices]
+        return [read([index], value)[0] for index in indices]
       raise config.UserError(
         f"{describe(indices[0])}: cannot be read ({one_line(error)}); "
         "prepare the dataset again."
       ) from error
 
+  def id_of(example):
+    return example[id_key].bytes_list.value[0].decode("utf-8", "replace")
+
+  id_key = next((k for k in _ID_KEYS if k in info.features), None)
   height, width, channels = info.features[image_key].shape
   names = info.features[label_key].names if label_key else ()
   splits = [[k, s.shard_lengths, s.num_bytes] for k, s in info.splits.items()]
@@ -78,6 +86,7 @@ def open_tfds(name: str, *, split: str, data_dir: str) -> Source:
     channels=1 if channels == 1 else 3,
     shape=(height, width) if height and width else None,
     fingerprint=f"tfds:{info.full_name}:{split}:{len(records)}:{digest[:16]}",
+    read_ids=(lambda indices: read(indices, id_of)) if id_key else None,
   )
 
 
@@ -88,6 +97,11 @@ def _tfds_builder(name, *, data_dir):
 
   def command(target):
     """What prepares the dataset in that folder."""
+    if name == "cifar10":  # without TensorFlow
+      return (
+        "python -m simclr_jax.datasets prepare cifar10 "
+        f"--data_dir={shlex.quote(target)}"
+      )
     manual = registered and tfds.builder_cls(base).MANUAL_DOWNLOAD_INSTRUCTIONS
     return (
       f"pip install tensorflow && tfds build {name} "

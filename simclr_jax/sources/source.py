@@ -28,6 +28,8 @@ class Source:
     labels: int32 [num_examples] where known without reading all records; then
       these count, not those that `read` returns.
     note: a line about what was understood, for the user; "" for none.
+    read_ids: indices -> list of (id, label): what the dataset itself calls a
+      record, such as a file's name; None where it has no such names.
   """
 
   name: str
@@ -41,6 +43,7 @@ class Source:
   fingerprint: str
   labels: np.ndarray | None = None
   note: str = ""
+  read_ids: Callable[[Sequence[int]], list[tuple[str, int]]] | None = None
 
   @property
   def num_classes(self) -> int:
@@ -60,10 +63,15 @@ class Source:
     """The source of these examples alone, in this order."""
     indices = np.asarray(indices)
     digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+
+    def of_these(read):
+      return lambda chosen: read([int(indices[i]) for i in chosen])
+
     return dataclasses.replace(
       self,
       num_examples=len(indices),
-      read=lambda chosen: self.read([int(indices[i]) for i in chosen]),
+      read=of_these(self.read),
+      read_ids=self.read_ids and of_these(self.read_ids),
       describe=lambda index: self.describe(int(indices[index])),
       fingerprint=f"{self.fingerprint}:{len(indices)}:{digest[:16]}",
       labels=None if self.labels is None else self.labels[indices],
