@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -28,7 +28,7 @@ from simclr_jax.config import UserError, nearest
 from simclr_jax.feature_file import Features
 from simclr_jax.provenance import provenance
 
-PROBES = {
+PROBES: dict[str, tuple[Callable[..., dict], str]] = {
   "knn": (probes.knn, "knn"),
   "linear": (probes.linear, "linear (L-BFGS)"),
   "ridge": (probes.ridge, "linear (closed form)"),
@@ -258,7 +258,7 @@ def _classifier(rated: Features) -> list[dict]:
   if rated.predictions is None or not labelled.any():
     return []
   hits = rated.predictions[labelled] == rated.labels[labelled]
-  row = {"protocol": "classifier of the run", "num_labels": None}
+  row: dict = {"protocol": "classifier of the run", "num_labels": None}
   row |= {"num_test": int(labelled.sum()), "top1": float(hits.mean())}
   return [row | dict.fromkeys(("top1_std", "top5", "top5_std"), None)]
 

@@ -18,6 +18,8 @@ _SHOWN = (
   *("label_percent", "labels_per_class", "pretrained", "teacher", "seed"),
 )
 
+_DERIVED = ("num_epochs", "num_steps", "labels_per_class")  # not shown at 0
+
 
 def text(
   net: network_lib.Network, *, library: str, usage: str, notes: list[str]
@@ -38,8 +40,12 @@ def text(
     x.size for x in jax.tree.leaves(net.variables["params"]["encoder"])
   )
   kernels = f", selective kernels {model.sk_ratio:g}" if model.sk_ratio else ""
-  training = [f"| {k} | {flat[k]} |" for k in _SHOWN if flat.get(k, "") != ""]
-  crop = "the whole image" if size <= 32 else "its central 87.5%"
+  training = [
+    f"| {k} | {flat[k]} |"
+    for k in _SHOWN
+    if flat.get(k, "") != "" and (flat[k] or k not in _DERIVED)
+  ]
+  crop = "" if size <= 32 else "the central 87.5% of "
   lines = [
     "---",
     "license: other  # fill in",
@@ -69,7 +75,7 @@ def text(
     "",
     f"Input: float32, {net.channels} channel(s), values in [0, 1] (bytes / "
     "255), **no mean and standard deviation**. The evaluation view is "
-    f"{crop} (of the largest square), resized to {size}x{size}, bicubic.",
+    f"{crop}the largest central square, resized to {size}x{size}, bicubic.",
     "",
     *(f"* {note}" for note in notes),
     "",
