@@ -1,12 +1,24 @@
-"""Batches: the order is a pure function of (seed, step) for any hosts."""
+"""Batches: the order is a pure function of (seed, step) for any hosts.
 
+This file is also a program that a test starts: `python test_data.py DATA OUT`.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import threading
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from simclr_jax import data
+from simclr_jax import build, cli, data, parallel
+from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 from simclr_jax.data.scan import with_listed_labels
 from simclr_jax.sources import Source, make_source
@@ -503,8 +515,8 @@ def test_labels_of_listed_ids_alone(tmp_path):
     (" \n", "data.label_ids: {file} is empty; write an id a line."),
     (
       "n3.jpg\nn4.JPEG\nx\n",
-      "2 of the 3 ids in data.label_ids are not in tfds:numbered train, such as "
-      '"n4.JPEG"; its ids look like "n0.jpg".',
+      "2 of the 3 ids in data.label_ids are not in tfds:numbered train, such "
+      'as "n4.JPEG"; its ids look like "n0.jpg".',
     ),
   ],
 )
@@ -527,3 +539,71 @@ def test_a_file_of_ids_needs_ids(tmp_path):
   assert str(error.value) == (
     "data.label_ids is given, but the records of digits have no ids."
   )
+
+
+# -- real processes -----------------------------------------------------------
+
+
+def quarter_epoch(data_dir, output):
+  """Hashes of the rows of a quarter epoch: of this process, as it trains."""
+  parallel.initialize()
+  config = cli.load_recipe("cifar10", stage="pretrain")
+  fields = {"data.data_dir": data_dir, "data.eval_split": ""}
+  # Streamed: a quarter of the images is decoded, not all.
+  for name, value in (fields | {"data.memory_gib": 1e-9}).items():
+    config_lib.set_field(config, name, value)
+  build.resolve(config)
+  train, _ = data.open_splits(config, output)
+  num_steps = len(train) // 4 // config.batch_size
+  rows = [
+    [
+      hashlib.sha256(b"%d " % label + image.tobytes()).hexdigest()
+      for image, label in zip(batch["image"], batch["label"], strict=True)
+    ]
+    for batch in build.host_batches(config, train, num_steps)(0)
+  ]
+  file = f"{output}/{jax.process_index()}.json"
+  pathlib.Path(file).write_text(json.dumps(rows))
+
+
+@pytest.mark.slow
+def test_the_cifar10_recipe_on_one_and_two_processes(shared, tmp_path):
+  """Both see the same images in the same order, and each its half of them."""
+  data_dir = str(shared / "tensorflow_datasets")
+  streams = {}
+  for count in (1, 2):
+    output = tmp_path / str(count)
+    output.mkdir()
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    children = [
+      subprocess.Popen(
+        [sys.executable, __file__, data_dir, str(output)],
+        env=os.environ
+        | {
+          "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+          "JAX_NUM_PROCESSES": str(count),
+          "JAX_PROCESS_ID": str(i),
+          "XLA_FLAGS": "",
+        },
+      )
+      for i in range(count)
+    ]
+    assert [child.wait(timeout=300) for child in children] == [0] * count
+    parts = [
+      json.loads((output / f"{i}.json").read_text()) for i in range(count)
+    ]
+    streams[count] = [
+      [row for part in step for row in part]
+      for step in zip(*parts, strict=True)
+    ]
+    assert {len(part[0]) for part in parts} == {512 // count}
+  assert streams[1] == streams[2]
+  assert [len(step) for step in streams[1]] == [512] * 24
+  # A quarter of one epoch: (nearly, as 50,000 images hold twins) no repeats.
+  assert len({row for step in streams[1] for row in step}) > 24 * 512 - 20
+
+
+if __name__ == "__main__":
+  quarter_epoch(*sys.argv[1:])

@@ -54,8 +54,8 @@ def scan_labels(
   if missing := sorted(listed - found):
     raise UserError(
       f"{len(missing)} of the {len(listed)} ids in data.label_ids are not in "
-      f'{source.name} {source.split}, such as "{missing[0]}"; its ids look like '
-      f'"{shown(source.read_ids([0])[0][0])}".'
+      f'{source.name} {source.split}, such as "{missing[0]}"; its ids look like'
+      f' "{shown(source.read_ids([0])[0][0])}".'
     )
   labels = np.concatenate([np.array(part, np.int32) for part in parts])
   if cache_dir:

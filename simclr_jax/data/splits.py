@@ -48,8 +48,8 @@ def open_splits(
       train, config.data.label_ids, cache_dir=_cache_dir(workdir)
     )
     print(
-      f"{train.name} {train.split}: {np.sum(train.labels >= 0)} of {len(train)} "
-      f"images are labelled, those in {config.data.label_ids}.",
+      f"{train.name} {train.split}: {np.sum(train.labels >= 0)} of "
+      f"{len(train)} images are labelled, those in {config.data.label_ids}.",
       flush=True,
     )
   if config.stage == "finetune" and train.labels is not None:

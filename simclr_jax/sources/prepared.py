@@ -9,7 +9,6 @@ from simclr_jax import config
 from simclr_jax.sources.decode import one_line
 from simclr_jax.sources.source import Source
 
-
 # Features of text that tell records apart.
 _ID_KEYS = ("file_name", "filename", "image/filename", "id", "image_id")
 
