@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.augment import color, crop, pixels, recolor
+from simclr_jax.augment import color, crop, pixels, views
 from simclr_jax.augment.blur import gaussian_blur
 from simclr_jax.augment.color import (
   adjust_brightness,
@@ -132,10 +132,11 @@ def _boxes(draws, sizes, area_range, aspect_range):
   return crop.boxes_from_uniforms(draws["box"], sizes, **ranges)
 
 
-def _crops(
+def _make(
   draws,
   images,
   sizes,
+  steps,
   *,
   size,
   flip_probability,
@@ -143,17 +144,16 @@ def _crops(
   aspect_range,
   dtype,
 ):
-  """[views, n, H, C, W], not clipped, at least float32."""
+  """[views * n, H, H, C] of the dtype."""
   _check_probabilities(flip_probability=flip_probability)
-  boxes = _boxes(draws, sizes, area_range, aspect_range)
-  flips = draws["flip"][..., 0] < flip_probability
-  x = crop.crop_planes(
+  made = views.make_views(
     pixels.to_float(images, jnp.promote_types(dtype, jnp.float32)),
-    jnp.swapaxes(boxes, 0, 1),
-    jnp.swapaxes(flips, 0, 1),
+    _boxes(draws, sizes, area_range, aspect_range),
+    draws["flip"][..., 0] < flip_probability,
+    steps,
     size=pixels.height_width(size),
   )
-  return jnp.swapaxes(x, 0, 1)
+  return made.astype(dtype)
 
 
 def view_boxes(
@@ -248,25 +248,26 @@ def two_views(
     hue=hue,
   )
   draws = _draw(key, index, 2)
-  crops = _crops(
+  steps = views.recoloring(
+    draws,
+    amounts=amounts,
+    jitter=jitter_probability,
+    gray=gray_probability,
+    blur=blur_probability,
+    is_rgb=images.shape[-1] == 3,
+    dtype=jnp.promote_types(dtype, jnp.float32),
+  )
+  return _make(
     draws,
     images,
     sizes,
+    steps,
     size=size,
     flip_probability=flip_probability,
     area_range=area_range,
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  views = recolor.recolor(
-    crops,
-    draws,
-    amounts=amounts,
-    jitter=jitter_probability,
-    gray=gray_probability,
-    blur=blur_probability,
-  )
-  return views.reshape(-1, *views.shape[2:]).astype(dtype)
 
 
 def crop_flip(
@@ -291,14 +292,14 @@ def crop_flip(
   (4, 32, 32, 3)
   """
   index, sizes = _check_batch(images, index, sizes)
-  crops = _crops(
+  return _make(
     _draw(key, index, 1),
     images,
     sizes,
+    {},
     size=size,
     flip_probability=flip_probability,
     area_range=area_range,
     aspect_range=aspect_range,
     dtype=dtype,
   )
-  return jnp.swapaxes(jnp.clip(crops[0], 0, 1), -1, -2).astype(dtype)

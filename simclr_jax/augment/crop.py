@@ -1,6 +1,7 @@
 """Random boxes by the official law, and bicubic resizing of what is inside."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -123,40 +124,76 @@ def sample_crop_boxes(
   return boxes_from_uniforms(u, shape, **ranges)
 
 
-def resampling_matrix(start, length, flip, *, num_in, num_out, dtype):
-  """The matrix [..., num_out, num_in] that resizes one side of a box.
-
-  Bicubic with A = -0.5, half-pixel centres, no antialiasing. Weights of pixels
-  outside [start, start + length) are zero and the others renormalised, which
-  is what cropping first and resizing then gives. A flip reverses the rows.
-  """
+def _sources(start, length, flip, num_out, dtype):
+  """Where each output of one side lies in the input: [..., num_out]."""
   start, length, flip = (x[..., None] for x in (start, length, flip))
   out = jnp.arange(num_out, dtype=dtype)
   out = jnp.where(flip, num_out - 1 - out, out)
-  source = (start + (out + 0.5) * (length / num_out) - 0.5)[..., None]
-  pixel = jnp.arange(num_in, dtype=dtype)
-  x = jnp.abs(source - pixel)
+  return start + (out + 0.5) * (length / num_out) - 0.5
+
+
+def _weights(source, pixel, start, length):
+  """Weights [..., num_out, k] of the pixels for the outputs.
+
+  Bicubic with A = -0.5, half-pixel centres, no antialiasing. Weights of pixels
+  outside [start, start + length) are zero and the others renormalised, which
+  is what cropping first and resizing then gives.
+  """
+  x = jnp.abs(source[..., None] - pixel)
   near = (1.5 * x - 2.5) * x * x + 1
   far = ((-0.5 * x + 2.5) * x - 4) * x + 2
   weight = jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
-  start, length = start[..., None], length[..., None]
+  start, length = start[..., None, None], length[..., None, None]
   inside = (pixel >= start) & (pixel < start + length)
   weight = jnp.where(inside, weight, 0)
   return weight / weight.sum(axis=-1, keepdims=True)
+
+
+def resampling_matrix(start, length, flip, *, num_in, num_out, dtype):
+  """The matrix [..., num_out, num_in] that resizes one side of a box.
+
+  See `_weights`; a flip reverses the rows.
+  """
+  source = _sources(start, length, flip, num_out, dtype)
+  return _weights(source, jnp.arange(num_in, dtype=dtype), start, length)
+
+
+def is_large(images, size) -> bool:
+  """Whether a CPU crops these images [n, S, T, C] faster with `rows_of`."""
+  return images.shape[1] * size[1] >= 64 * 64
 
 
 @functools.partial(jax.jit, static_argnames="size", inline=True)
 def crop_planes(images, boxes, flips, *, size):
   """Floats [n, S, T, C], boxes [n, v, 4], flips [n, v] -> [n, v, H, C, W].
 
-  Two batched matrix products, a side each; the views of an image share its
-  pixels in the first. Channels come second to last, so that both products and
-  every later pass run over contiguous rows.
+  Channels come second to last, so that every later pass runs over contiguous
+  rows.
+  """
+
+  def by_rows(*args):
+    planes = jnp.swapaxes(args[0], 2, 3), *args[1:]
+    return jax.lax.map(lambda each: rows_of(*each, size=size), planes)
+
+  products = functools.partial(by_products, size=size)
+  return jax.lax.platform_dependent(
+    images,
+    boxes.astype(images.dtype),
+    flips,
+    cpu=by_rows if is_large(images, size) else products,
+    default=products,
+  )
+
+
+def by_products(images, boxes, flips, *, size):
+  """`crop_planes` by two batched products, a side each.
+
+  The views of an image share its pixels in the first.
   """
   n, rows, columns, channels = images.shape
   views, dtype = boxes.shape[1], images.dtype
   height, width = size
-  top, left, box_height, box_width = jnp.moveaxis(boxes.astype(dtype), -1, 0)
+  top, left, box_height, box_width = jnp.moveaxis(boxes, -1, 0)
   down = resampling_matrix(
     top,
     box_height,
@@ -177,6 +214,31 @@ def crop_planes(images, boxes, flips, *, size):
   ).reshape(n, views, height * channels, columns)
   x = jnp.einsum("nvks,nvws->nvkw", x, across, precision="highest")
   return x.reshape(n, views, height, channels, width)
+
+
+def rows_of(planes, boxes, flips, *, size):
+  """`by_products` of one image: rows by their four taps, then a product.
+
+  planes [S, C, T], boxes [v, 4], flips [v] -> [v, H, C, W]. What products waste
+  on zeros costs a CPU more than these rows.
+  """
+  num_rows, channels, columns = planes.shape
+  views, dtype = len(boxes), planes.dtype
+  height, width = size
+  top, left, box_height, box_width = jnp.moveaxis(boxes, -1, 0)
+  source = _sources(top, box_height, jnp.zeros_like(flips), height, dtype)
+  taps = jnp.floor(source)[..., None] + jnp.arange(-1, 3, dtype=dtype)
+  weight = _weights(source, taps, top, box_height)[..., None]
+  taps = jnp.clip(taps, 0, num_rows - 1).astype(jnp.int32)
+  rows = planes.reshape(num_rows, -1)
+  x = functools.reduce(
+    operator.add, [weight[:, :, k] * rows[taps[..., k]] for k in range(4)]
+  ).reshape(views, height * channels, columns)
+  across = resampling_matrix(
+    left, box_width, flips, num_in=columns, num_out=width, dtype=dtype
+  )
+  x = jnp.einsum("vks,vws->vkw", x, across, precision="highest")
+  return x.reshape(views, height, channels, width)
 
 
 def crop_and_resize(images, boxes, *, size):
