@@ -1,0 +1,131 @@
+"""The whole pretraining step against PyTorch, channels_last, lightly's loss.
+
+  python benchmarks/step.py --peers=peers/bin/python --output=step.json
+
+Ours is the step that `simclr_jax.pretrain` runs: two views of uint8 images made
+within it, network, NT-Xent, probe, gradient, LARS; once more with views that
+are there already, which shows what making them costs. Theirs gets ready views,
+SGD and no probe; on a GPU under bfloat16 autocast and torch.compile.
+
+On a CPU: ResNet-18, 32 pixels, batch 64. On one GPU: ResNet-50 at 224 pixels
+from a canvas of 256 and ResNet-18 at 32, both batch 512. Beside each stand two
+floors: FLOPs over the measured rate of a matrix product, and the bytes that the
+compiler counts over the measured rate of a copy.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rounds
+
+from simclr_jax import build, cli, plan
+
+# name: recipe, depth, width, side, canvas, batch, steps a round, at least
+CASES = {
+  "cpu": ("cifar10", 18, 1.0, 32, 32, 64, 1, 0.8),
+  "resnet50": ("imagenet", 50, 1.0, 224, 256, 512, 10, 1.2),
+  "resnet18": ("cifar10", 18, 1.0, 32, 32, 512, 20, 1.2),
+}
+
+
+def make_form(config, steps):
+  """(one round of `steps` steps, what the compiler says of a step)."""
+  step, state, key = rounds.pretraining(config)
+  batch = rounds.batch_of(config)
+  compiled = step.lower(state, batch, key).compile()
+  holder = [state]
+
+  def one_round():
+    for _ in range(steps):
+      holder[0], metrics = step(holder[0], batch, key)
+    jax.block_until_ready((holder[0], metrics))
+
+  return lambda: rounds.seconds_of(one_round), compiled.cost_analysis()
+
+
+def ready_views(config):
+  """In place of `augment.two_views`: the same random views each time."""
+  size, n = config.data.image_size, config.batch_size
+  shape = (2 * n // jax.device_count(), size, size, 3)
+  views = np.random.default_rng(1).random(shape, np.float32)
+  return lambda key, images, **_: jnp.asarray(views, build.view_dtype(config))
+
+
+def main():
+  parser = rounds.parser(__doc__)
+  on_cpu = jax.default_backend() == "cpu"
+  default = ["cpu"] if on_cpu else ["resnet50", "resnet18"]
+  parser.add_argument("--cases", nargs="+", choices=CASES, default=default)
+  parser.add_argument(
+    "--plain", action="store_true", help="also XLA's own conv"
+  )
+  args = parser.parse_args()
+  lines, versions = [], {}
+  for case in args.cases:
+    recipe, depth, width, side, canvas, batch, steps, wanted = CASES[case]
+    config = cli.load_recipe(recipe, stage="pretrain")
+    config.batch_size = batch * jax.device_count()
+    config.data.update(image_size=side, canvas_size=canvas)
+    config.model.update(depth=depth, width=width)
+    forms, costs = {}, {}
+    forms["simclr_jax"], costs = make_form(config, steps)
+    if args.plain:
+      other = config.copy_and_resolve_references()
+      other.model.conv = "xla"
+      forms["with XLA's convolution"], _ = make_form(other, steps)
+    two_views = build.two_views
+    build.two_views = ready_views
+    forms["views given"], _ = make_form(config, steps)
+    build.two_views = two_views
+    with rounds.maybe_peer(
+      args.peers,
+      "step",
+      depth=depth,
+      width=width,
+      size=side,
+      batch=batch,
+      steps=steps,
+      compile=not on_cpu,
+    ) as (pytorch, found):
+      if pytorch:
+        forms["PyTorch"], versions = pytorch, found
+      seconds = rounds.alternate(forms, args.rounds)
+    needs = plan.estimate(config, num_devices=jax.device_count())
+    floor = rounds.floors()
+    more = {
+      "gflop_an_image": needs["flops"] / batch / 1e9,
+      "floor_of_flops": needs["flops"] / floor["tflops"] / 1e12,
+      "floor_of_bytes": costs["bytes accessed"] / floor["gbytes"] / 1e9,
+      "measured_rates": floor,
+      "augmentation_share": _share(seconds),
+    }
+    title = f"step: ResNet-{depth} x{width:g}, {side} pixels, batch {batch}"
+    lines.append(
+      rounds.report(
+        title,
+        seconds,
+        count=steps * batch * (1 if pytorch else jax.device_count()),
+        ours="simclr_jax",
+        at_least={"PyTorch": wanted},
+        **more,
+      )
+    )
+    taken = float(np.median(seconds["simclr_jax"])) / steps
+    print(
+      f"  a step {1e3 * taken:.1f} ms; floors: FLOPs "
+      f"{1e3 * more['floor_of_flops']:.1f} ms at {floor['tflops']:.3g} TFLOP/s,"
+      f" bytes {1e3 * more['floor_of_bytes']:.1f} ms at {floor['gbytes']:.3g} "
+      f"GB/s; {more['gflop_an_image']:.1f} GFLOP an image; augmentation "
+      f"{more['augmentation_share']:.1%} of the step"
+    )
+  rounds.write(lines, args, peers=versions)
+
+
+def _share(seconds) -> float:
+  """The part of our step that making the views takes."""
+  pairs = zip(seconds["simclr_jax"], seconds["views given"], strict=True)
+  return float(np.median([1 - given / whole for whole, given in pairs]))
+
+
+if __name__ == "__main__":
+  main()
