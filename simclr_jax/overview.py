@@ -47,7 +47,7 @@ def rows(
     origin[group] = "loaded" if taken else "new"
     counts = np.array([1, trains, trains and decays, trains and adapts])
     groups[group] = groups.get(group, 0) + counts * int(np.size(x))
-  table = [
+  table: list[tuple[str, ...]] = [
     ("part", "values", "trains", "weights", "decayed", "adapted", "peak rate")
   ]
   for group in sorted(groups, key=_place):

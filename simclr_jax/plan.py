@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 from simclr_jax.train_state import TrainState
 
-FLAGS = {
+FLAGS: dict[str, Any] = {
   "devices": 0,  # of the run; 0: those of this machine
   "memory_gib": 0.0,  # of each; 0: not compared
   "peak_tflops": 0.0,  # of each, at the run's dtype; 0: from its name

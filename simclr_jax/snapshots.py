@@ -152,7 +152,7 @@ def _pixels(images, side: int) -> np.ndarray:
     return images
   size = max(1, round(width * scale)), max(1, round(height * scale))
   small = [
-    np.asarray(Image.fromarray(image.squeeze()).resize(size, Image.BOX))
+    np.asarray(Image.fromarray(image.squeeze()).resize(size, Image.Resampling.BOX))
     for image in images
   ]
   return np.stack(small).reshape(len(images), size[1], size[0], -1)

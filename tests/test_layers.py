@@ -65,7 +65,16 @@ LAYERS = (
   ("stages", {"pretrain", "finetune", "distill"}),
   (
     "tools",
-    {"convert", "datasets", "embed", "evaluate", "export", "selftest", "sweep"},
+    {
+      "convert",
+      "datasets",
+      "embed",
+      "evaluate",
+      "export",
+      "plan",
+      "selftest",
+      "sweep",
+    },
   ),
 )
 LAYER_OF = {name: i for i, (_, names) in enumerate(LAYERS) for name in names}

@@ -47,6 +47,7 @@ def open_splits(
     train = with_listed_labels(
       train, config.data.label_ids, cache_dir=_cache_dir(workdir)
     )
+    assert train.labels is not None
     print(
       f"{train.name} {train.split}: {np.sum(train.labels >= 0)} of "
       f"{len(train)} images are labelled, those in {config.data.label_ids}.",

@@ -7,7 +7,7 @@ import warnings
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import offsetbox
+from matplotlib import offsetbox, rcsetup
 from matplotlib.figure import Figure
 
 # Stand-ins that become CSS: a page in the dark has other colours.
@@ -24,7 +24,7 @@ _STYLE = {
   "axes.facecolor": "none",
   "axes.grid": True,
   "axes.labelcolor": _TEXT,
-  "axes.prop_cycle": mpl.cycler(color=_SERIES),
+  "axes.prop_cycle": rcsetup.cycler("color", _SERIES),
   "axes.spines.right": False,
   "axes.spines.top": False,
   "axes.titlecolor": _TEXT,
@@ -195,6 +195,7 @@ def scatter(
 
   def draw(axes, figure):
     axes.set_axis_off()
+    axes.margins(0.06)
     for label in np.unique(labels):
       known = label >= 0
       axes.scatter(
@@ -215,14 +216,14 @@ def scatter(
           image, zoom=16 / len(image), interpolation="none"
         )
         color = _SERIES[labels[i] % 10] if labels[i] >= 0 else _TEXT
-        axes.add_artist(
-          offsetbox.AnnotationBbox(
-            box,
-            points[i],
-            pad=0.08,
-            bboxprops={"edgecolor": color, "facecolor": color, "lw": 1.5},
-          )
+        thumbnail = offsetbox.AnnotationBbox(
+          box,
+          points[i],
+          pad=0.08,
+          bboxprops={"edgecolor": color, "facecolor": color, "lw": 1.5},
         )
+        thumbnail.set_in_layout(False)  # or the map may shrink to nothing
+        axes.add_artist(thumbnail)
       if 1 < len(np.unique(labels)) <= _MOST_NAMES:
         figure.legend(
           loc="outside lower center",
