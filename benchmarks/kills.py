@@ -30,7 +30,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import test_loop  # noqa: E402
 
-from simclr_jax import logs, loop, rundir  # noqa: E402
+from simclr_jax import logs, rundir  # noqa: E402
 
 NUM_STEPS = 60
 _TIMES = (*logs.TIMING, "seconds")
