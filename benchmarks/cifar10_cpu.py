@@ -22,6 +22,7 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from simclr_jax import cli, evaluate, finetune, pretrain
+from simclr_jax.config import UserError
 from simclr_jax.provenance import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -131,4 +132,8 @@ def main():
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  try:
+    sys.exit(main())
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

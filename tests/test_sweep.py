@@ -143,6 +143,7 @@ def test_a_failure_does_not_end_the_others(fakes, tmp_path, capsys):
   out, err = capsys.readouterr()
   assert "failed: self_distill_18x0.125_1_seed0 needs finetune_18" in out
   assert "RuntimeError: out of luck" in err
+  assert err.count("/error.txt") == 1  # the other has none
   report = tmp_path / "finetune_18x0.125_1_seed0" / "error.txt"
   assert "Traceback" in report.read_text()
   assert report.read_text().startswith("$ python -m simclr_jax.finetune --conf")

@@ -70,7 +70,9 @@ def _main(argv) -> int:
   finally:
     write_results(cells, workdir)
   for name in failed:
-    print(f"failed: {name}, see {workdir / name}/error.txt", file=sys.stderr)
+    file = workdir / name / "error.txt"
+    where = f", see {file}" if file.exists() else ""  # not for what needs it
+    print(f"failed: {name}{where}", file=sys.stderr)
   return 1 if failed else 0
 
 
