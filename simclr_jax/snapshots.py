@@ -151,8 +151,9 @@ def _pixels(images, side: int) -> np.ndarray:
   if scale >= 1:
     return images
   size = max(1, round(width * scale)), max(1, round(height * scale))
+  box = Image.Resampling.BOX
   small = [
-    np.asarray(Image.fromarray(image.squeeze()).resize(size, Image.Resampling.BOX))
+    np.asarray(Image.fromarray(image.squeeze()).resize(size, box))
     for image in images
   ]
   return np.stack(small).reshape(len(images), size[1], size[0], -1)

@@ -77,12 +77,11 @@ def tsne(run: Run) -> np.ndarray:
 
 def _reduced(features, count):
   x = unit(features)
-  if len(x) < 4 or not np.isfinite(x).all():
-    raise Missing(
-      f"{len(x)} images are too few for a map."
-      if len(x) < 4
-      else "The features are not finite."
-    )
+  if len(x) < 4:
+    count = "1 image is" if len(x) == 1 else f"{len(x)} images are"
+    raise Missing(f"{count} too few for a map.")
+  if not np.isfinite(x).all():
+    raise Missing("The features are not finite.")
   if np.ptp(x, axis=0).max() < 1e-6:
     raise Missing("All images have the same features: the network collapsed.")
   count = min(count, *x.shape)

@@ -91,7 +91,7 @@ def _curves(run: Run) -> dict[str, list[tuple[str, str]]]:
     if series:
       plot("main", title, series, line=anchors.get(title))
   groups: dict[str, list[str]] = {}
-  for name in sorted(left):
+  for name in left:
     groups.setdefault(name.partition("/")[0], []).append(name)
   for group, names in groups.items():
     series = {_label(n.removeprefix(f"{group}/"), knn): left[n] for n in names}
@@ -109,8 +109,8 @@ def _anchors(run: Run) -> dict[str, tuple[float, str]]:
   if (num_classes := len(run.label_names)) > 1:
     anchors["Loss"] = math.log(num_classes), "uniform"
     anchors["Accuracy of the batch"] = 1 / num_classes, "chance"
-  if "contrastive_accuracy" in run.metrics:
-    pairs = run.config["batch_size"]
+  pairs = run.config.get("batch_size")
+  if pairs and "contrastive_accuracy" in run.metrics:
     anchors["Loss"] = metrics_lib.uniform_loss(pairs), "uniform"
     anchors["Contrastive accuracy"] = 1 / pairs, "chance"
   return {

@@ -53,9 +53,9 @@ class Run:
     """Name -> (steps, values) of every number in metrics.jsonl."""
     series: dict[str, list] = {}
     for line in self.lines:
-      for name in line.keys() - {"step"}:
-        if isinstance(line[name], int | float):
-          series.setdefault(name, []).append((line["step"], line[name]))
+      for name, value in line.items():
+        if name != "step" and isinstance(value, int | float):
+          series.setdefault(name, []).append((line["step"], value))
     return {
       name: tuple(np.array(points, float).T) for name, points in series.items()
     }
