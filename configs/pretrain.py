@@ -148,7 +148,7 @@ def get_config(arg="digits"):
     if options.tiny:
       # 17 s an epoch on two cores; at 32 pixels it would be 67.
       config.batch_size = 256
-      config.num_epochs = 40.0
+      config.num_epochs = 50.0
       config.data.split = "train[:20%]"
       config.data.image_size = 16
       config.data.canvas_size = 32
