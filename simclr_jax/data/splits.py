@@ -43,6 +43,12 @@ def open_splits(
   train = _source(config, config.data.split, channels)
   if train.note:
     print(train.note, flush=True)
+  if config.stage == "pretrain" and train.channels != 3:
+    print(
+      f"pretrain: images of {train.channels} channel: saturation, hue and "
+      "grayscale need RGB and are left out of the views",
+      flush=True,
+    )
   if config.data.label_ids:
     train = with_listed_labels(
       train, config.data.label_ids, cache_dir=_cache_dir(workdir)
