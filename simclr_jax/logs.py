@@ -24,7 +24,7 @@ class MetricsWriter:
 
   A run that continues from step s keeps the lines up to s and cuts what comes
   after, and a line torn by the kill: the file ends up as if nothing had
-  happened. TensorBoard events need the extra `tensorboard`.
+  happened. TensorBoard events need the extra `tensorboard` and a local directory.
   """
 
   def __init__(self, workdir, start: int):
@@ -38,7 +38,7 @@ class MetricsWriter:
     draft.replace(self._path)
     self._file = None if self._remote else open(self._path, "a")  # noqa: SIM115
     self._events = None
-    if importlib.util.find_spec("tensorboardX"):
+    if importlib.util.find_spec("tensorboardX") and not self._remote:
       import tensorboardX
 
       self._events = tensorboardX.SummaryWriter(

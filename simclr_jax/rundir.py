@@ -133,5 +133,8 @@ def write_result(workdir, result: dict) -> dict:
   if jax.process_index() == 0:
     text = json.dumps(result, indent=2) + "\n"
     with storage.writing(workdir):
-      (epath.Path(workdir) / "result.json").write_text(text)
+      # In one piece: other processes of a sweep may be reading.
+      draft = epath.Path(workdir) / "result.json.draft"
+      draft.write_text(text)
+      draft.replace(draft.with_name("result.json"))
   return result
