@@ -154,7 +154,7 @@ def test_text_of_the_user_is_escaped(made):
   text = made[1]["second"]
   assert "alert(1)" in text
   assert "<script" not in text
-  assert "$x_1$" in section(text, "classifier")  # no mathematics
+  assert ">$x_1$</text>" in section(text, "classifier")  # no mathematics
 
 
 def test_ids_are_unique_and_found(made):
@@ -446,11 +446,12 @@ def test_mistakes_of_the_user_are_named(workdir, made, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-  assert not (workdir / "report.html").exists()
+  (workdir / "report.html").write_text("an older one")
   (workdir / "report.html.draft").mkdir()
   with pytest.raises(SystemExit):
     main([f"--workdir={workdir}"])
   assert "report.html cannot be written: Is a dir" in capsys.readouterr().err
+  assert (workdir / "report.html").read_text() == "an older one"
 
 
 @pytest.mark.slow
