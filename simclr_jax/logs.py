@@ -24,7 +24,7 @@ class MetricsWriter:
 
   A run that continues from step s keeps the lines up to s and cuts what comes
   after, and a line torn by the kill: the file ends up as if nothing had
-  happened. TensorBoard events need the extra `tensorboard` and a local directory.
+  happened. TensorBoard events need the extra `tensorboard` and a local disk.
   """
 
   def __init__(self, workdir, start: int):
