@@ -119,7 +119,9 @@ def advised(lines, **options):
   options = {"num_pairs": 512, "temperature": 0.5, "warmup_steps": 10} | options
   advice = diagnostics.Advice(**options)
   said = [advice(10 * (i + 1), line) for i, line in enumerate(lines)]
-  return [len(s) for s in said], " ".join(text for texts in said for text in texts)
+  return [len(s) for s in said], " ".join(
+    text for texts in said for text in texts
+  )
 
 
 def test_a_healthy_run_gets_no_advice():
