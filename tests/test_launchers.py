@@ -33,8 +33,9 @@ def start(tmp_path):
     for name, text in programs.items():
       (tmp_path / "bin" / name).write_text(text)
       (tmp_path / "bin" / name).chmod(0o755)
+    # A shell that was itself started with SIGINT ignored could not trap it.
     process = subprocess.Popen(
-      ["bash", LAUNCH / script, *args],
+      ["env", "--default-signal=INT", "bash", LAUNCH / script, *args],
       env={
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "LOG": str(tmp_path),

@@ -192,7 +192,7 @@ def test_a_complete_run_is_not_repeated(runs, capsys):
       pretrain,
       "cifar10",
       {"data.data_dir": "{}"},
-      "tfds build",
+      "datasets prepare cifar10",
     ),
   ],
 )

@@ -36,7 +36,8 @@ def open_splits(
 
   >>> from simclr_jax import cli
   >>> config = cli.load_recipe("digits", stage="pretrain")
-  >>> train, test = open_splits(config, "runs/new")
+  >>> train, test = open_splits(config, "runs/new")  # doctest: +ELLIPSIS
+  pretrain: images of 1 channel: saturation, ...
   >>> len(train), len(test)
   (1437, 360)
   """
