@@ -49,16 +49,14 @@ def alternating(forms, rounds):
 
 def row(measure, value, unit="", *, at_least=None, at_most=None):
   """A line of the table; without a limit it is there to compare with."""
-  holds = (at_least is None or value >= at_least) and (
-    at_most is None or value <= at_most
-  )
+  holds = value >= at_least if at_least else value <= (at_most or value)
   asked = f">= {at_least}" if at_least else f"<= {at_most}" if at_most else ""
   return dict(
     measure=measure,
     value=float(f"{value:.4g}"),
     unit=unit,
     asked=asked,
-    holds=holds if asked else None,
+    holds=bool(holds) if asked else None,
   )
 
 
@@ -173,43 +171,10 @@ def measure_cifar10(args):
   decode.simplejpeg = fast
 
 
-_PEER = """
-import importlib.util, pathlib, re, sys, time
-import torch
-# A CPU build of torch lacks torchvision's operators; their names are enough.
-library = torch.library.Library("torchvision", "DEF")
-where = pathlib.Path(importlib.util.find_spec("torchvision").origin)
-text = where.with_name("_meta_registrations.py").read_text()
-names = re.findall(r'(?:register_meta\\("|torchvision::)(\\w+)"', text)
-for name in set(names):
-  try:
-    library.define(name + "(Tensor x) -> Tensor")
-  except RuntimeError:
-    pass
-from torchvision import datasets, transforms as t
-torch.set_num_threads(1)
-view = t.Compose([
-  t.RandomResizedCrop(224),
-  t.RandomHorizontalFlip(),
-  t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
-  t.RandomGrayscale(0.2),
-  t.RandomApply([t.GaussianBlur(23, (0.1, 2.0))], 0.5),
-  t.ToTensor(),
-])
-images = datasets.ImageFolder(sys.argv[1], lambda x: (view(x), view(x)))
-loader = torch.utils.data.DataLoader(images, batch_size=64, shuffle=True)
-print("ready", flush=True)
-for _ in sys.stdin:
-  for batch in loader:
-    pass
-  print("done", flush=True)
-"""
-
-
 def peer(python, folder):
   """A function that has torchvision's loader make two views of each image."""
   process = subprocess.Popen(
-    [python, "-c", _PEER, str(folder)],
+    [python, Path(__file__).with_name("torchvision_loader.py"), folder],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
