@@ -211,7 +211,8 @@ def _classifier(run: Run) -> dict:
 
 def _stages(run: Run, others) -> dict:
   runs, note = run_lib.chain(run)
-  runs += [other for other in others if other.workdir != run.workdir]
+  chain = {one.workdir for one in runs}
+  others = [other for other in others if other.workdir not in chain]
 
   def small_map(i, one):
     try:
@@ -225,11 +226,12 @@ def _stages(run: Run, others) -> dict:
     except Missing as missing:
       return str(missing)
 
+  runs += others
   cards = [
     {"run": one, "map": small_map(i, one) if len(runs) > 1 else ""}
     for i, one in enumerate(runs)
   ]
-  return {"cards": cards, "note": note}
+  return {"cards": cards, "note": note, "others": bool(others)}
 
 
 def _data_uri(pixels: np.ndarray) -> str:

@@ -84,20 +84,21 @@ def curves(
     name: of the plot, unique on the page.
     title: for people who cannot see it.
     line: (value, label) of a horizontal line, or None.
-    log: a logarithmic axis where all values are above 0.
+    log: a logarithmic axis where no value is below 0; zeros are left out.
   """
 
   def draw(axes, figure):
     for label, (steps, values) in series.items():
       every = -(-len(steps) // _MOST_POINTS)
       few = "o" if len(steps) < 25 else ""
-      label = f"{label} {values[-1]:.4g}"
+      label = f"{label} {values[-1]:.{3 if log else 4}g}"
       axes.plot(steps[::every], values[::every], few + "-", ms=3.5, label=label)
     axes.set_xlim(0, 1.02 * max(steps[-1] for steps, _ in series.values()))
     if line:
       axes.axhline(line[0], color=_TEXT, lw=1, ls="--", label=line[1])
-    if log and all((values > 0).all() for _, values in series.values()):
-      axes.set_yscale("log")
+    every = np.concatenate([values for _, values in series.values()])
+    if log and (every >= 0).all() and (every > 0).any():
+      axes.set_yscale("log", nonpositive="mask")
       axes.yaxis.set_major_formatter("{x:g}")
       axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("step")
