@@ -30,6 +30,7 @@ def get_config(arg="digits"):
   config.num_steps = 0  # 0: num_examples * num_epochs // batch_size + 1
   config.teacher = ""  # the directory of a fine-tuned (or distilled) run
   config.pretrained = ""  # the student's first weights; "": random
+  config.only_labelled = False  # no images but those the teacher had labels of
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "tfds:imagenet2012"  # digits | tfds:NAME | folder:PATH

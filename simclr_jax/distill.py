@@ -158,7 +158,8 @@ def train_and_evaluate(config, workdir) -> dict:
   train, test = data.open_splits(
     config, workdir, channels=build.channels(teacher_variables)
   )
-  build.refuse_few(config, train)
+  if not config.only_labelled:
+    build.refuse_few(config, train)
   label_names = tuple(about["label_names"])
   if train.num_classes and train.label_names != label_names:
     raise UserError(
@@ -166,7 +167,9 @@ def train_and_evaluate(config, workdir) -> dict:
       f"{', '.join(label_names[:9])}; {config.data.name} has "
       f"{train.num_classes}, {', '.join(train.label_names[:9])}."
     )
-  if config.loss.label_weight:
+  if config.only_labelled:
+    train = train.select(_seen(train, about["labels_used"]))
+  elif config.loss.label_weight:
     train = _hide_labels(train, about["labels_used"])
   num_steps = config_lib.num_steps(config, len(train))
   rundir.claim(config, workdir)
@@ -239,17 +242,22 @@ def _resolve_student(config, taught) -> None:
   where = f"the teacher {config.teacher}"
   theirs = config_lib.flat(taught)
   config_lib.inherit(config, theirs, build.VIEW, where=where)
-  if config.loss.label_weight:  # no label that the teacher has not seen
+  if (
+    config.loss.label_weight or config.only_labelled
+  ):  # no label that the teacher has not seen
     config_lib.fill(config, theirs, ("data.label_ids",))
   config_lib.fill(config, theirs, (*build.ENCODER, *build.HEAD, "head_layer"))
+
+
+def _seen(train, used: dict) -> np.ndarray:
+  """Which images the teacher was trained on with their labels."""
+  return data.label_subset(train.labels, label_names=train.label_names, **used)
 
 
 def _hide_labels(train, used: dict):
   """Keeps the labels that the teacher was trained on, makes others -1."""
   labels = np.full_like(train.labels, -1)
-  chosen = data.label_subset(
-    train.labels, label_names=train.label_names, **used
-  )
+  chosen = _seen(train, used)
   labels[chosen] = train.labels[chosen]
   return train.with_labels(labels)
 

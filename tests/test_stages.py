@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from simclr_jax import checkpoint, cli, distill, finetune, pretrain
+from simclr_jax import (
+  checkpoint,
+  cli,
+  data,
+  distill,
+  finetune,
+  loop,
+  pretrain,
+)
 from simclr_jax.config import UserError, set_field
 
 TINY = {
@@ -110,6 +118,35 @@ def test_the_checkpoint_names_its_teacher_and_classes(runs):
   assert about["teacher"]["step"] == 3
   assert about["label_names"] == [str(i) for i in range(10)]
   assert about["labels_used"] == {"percent": 1.0, "seed": 0}
+
+
+def test_distilling_on_the_labelled_images_alone(runs, tmp_path, monkeypatch):
+  """They are those that the teacher was fine-tuned on; the batch repeats."""
+  folder, _ = runs
+  seen = {}
+
+  def fit(state, step_fn, batches, **options):
+    seen["images"] = next(batches(0))["image"]
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop, "run", fit)
+  teacher = {"teacher": str(folder / "finetune")}
+  for only in (True, False):
+    with pytest.raises(KeyboardInterrupt):
+      run(
+        distill, "digits", tmp_path / str(only), **teacher, only_labelled=only
+      )
+    distinct = len({image.tobytes() for image in seen["images"]})
+    assert distinct == (14 if only else 32)
+  used = {"percent": 1.0, "seed": 0}
+  config, _ = checkpoint.load(folder / "finetune")
+  train, _ = data.open_splits(config, tmp_path)
+  labelled = train.images[data.label_subset(train.labels, **used)]
+  with pytest.raises(KeyboardInterrupt):
+    run(distill, "digits", tmp_path / "again", **teacher, only_labelled=True)
+  assert {image.tobytes() for image in seen["images"]} == {
+    image.tobytes() for image in labelled
+  }
 
 
 def test_metrics_of_pretraining(runs):

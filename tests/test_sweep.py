@@ -11,9 +11,13 @@ import sys
 import time
 import types
 
+import matplotlib.figure
 import pytest
 
 from simclr_jax import cli
+from simclr_jax import config as config_lib
+from simclr_jax.sweep import claims as claims_lib
+from simclr_jax.sweep import figure as figure_lib
 from simclr_jax.sweep import grid, results, running
 from simclr_jax.sweep.__main__ import _part, main
 
@@ -209,10 +213,12 @@ def test_csv_table_and_figure(fakes, tmp_path, capsys):
     "run": "scratch_18x0.125_1_seed0",
   }
   # 0.5, 0.6 and 0.7 over the seeds.
-  assert "18x0.125      1%" in (out := capsys.readouterr().out)
-  assert "60.0% +- 10.0%      3" in out
-  figure = results.make_figure(
-    results.collect(cells(seeds=[0, 1, 2], percents=[1.0, 10.0]), tmp_path)
+  out = capsys.readouterr().out
+  assert "from scratch  18x0.125  1%      60.0% ± 10.0%  3" in out
+  figure = matplotlib.figure.Figure()
+  figure_lib.draw(
+    figure,
+    results.collect(cells(seeds=[0, 1, 2], percents=[1.0, 10.0]), tmp_path),
   )
   assert [ax.get_title() for ax in figure.axes] == [
     "from scratch",
@@ -236,9 +242,126 @@ def test_csv_table_and_figure(fakes, tmp_path, capsys):
   assert (tmp_path / "label_efficiency.svg").read_bytes() == svg
 
 
+CLAIMS = {"recipe": "digits", "sizes": SIZES, "percents": [1.0, 100.0]}
+
+
+def test_the_runs_of_the_claims(tmp_path):
+  planned = claims_lib.make_claim_cells(**CLAIMS, seeds=[0, 3])
+  names = [cell.name for cell in planned]
+  assert len(names) == len(set(names))
+  configs = {}
+  for i, cell in enumerate(planned):
+    assert cell.needs is None or cell.needs in names[:i]
+    flags = grid.command(cell, tmp_path)
+    configs[cell.name], _ = cli.parse(flags, stage=cell.stage)
+  for claim in claims_lib.make_claims(**CLAIMS):
+    for method, size in (claim.better, claim.worse):
+      for seed in (0, 3):
+        name = grid.cell_name(method, size, claim.percent, seed)
+        config = configs.pop(name, None) or configs[name + "?"]
+        configs[name + "?"] = config  # seen
+        assert config.seed == seed
+        if "finetune" in name:
+          assert config.label_percent == claim.percent
+  compared = {name for name in configs if name[-1] == "?"}
+  left = {name.split("_seed")[0] for name in configs.keys() - compared}
+  assert left == {  # what the others start from
+    "pretrain_18x0.125",
+    "pretrain_34x0.25",
+    "pretrain_head2_34x0.25",
+    "pretrain_head1_34x0.25",
+    "self_distill_34x0.25_1",
+  }
+
+
+def test_a_claim_differs_in_one_thing(tmp_path):
+  """Beside what it is about, both runs have the same config."""
+  planned = claims_lib.make_claim_cells(**CLAIMS, seeds=[0])
+  configs = {}
+  for cell in planned:
+    flags = grid.command(cell, tmp_path)
+    config, _ = cli.parse(flags, stage=cell.stage)
+    configs[cell.name] = config_lib.flat(config)
+  different = {}
+  for claim in claims_lib.make_claims(**CLAIMS):
+    sides = [
+      configs[grid.cell_name(*side, claim.percent, 0)]
+      for side in (claim.better, claim.worse)
+    ]
+    different[claim.text, claim.percent] = {
+      name
+      for name in sides[0].keys() | sides[1].keys()
+      if sides[0].get(name) != sides[1].get(name)
+    }
+  head = "a head of 3 layers is better than of"
+  layer = (
+    "fine-tuning from the head's first layer is better than from its input"
+  )
+  assert different[f"{head} 2 layers", 1.0] == {"pretrained"}
+  assert different[f"{head} 1 layer", 1.0] == {"pretrained", "head_layer"}
+  assert different[layer, 1.0] == different[layer, 100.0] == {"head_layer"}
+  labelled = "distilling on all images is better than on the labelled ones"
+  assert different[labelled, 1.0] == {
+    "only_labelled",
+    "num_epochs",
+    "optim.warmup_epochs",
+  }
+  first = "self-distilling the teacher first is better"
+  assert different[first, 1.0] == {"teacher"}
+  assert configs["distill_labelled_34x0.25_1_seed0"]["num_epochs"] == 1500
+
+
+def test_verdicts_of_claims(fakes, tmp_path, capsys):
+  flags = ["--claims", "--seeds=0,1", "--labels=10"]
+  assert start(tmp_path, *flags) == 0
+  # Every accuracy is the same for a seed, so that nothing gains.
+  assert capsys.readouterr().out.count("does not hold") == 7
+
+  def accuracies(method, *values):
+    for seed, top1 in enumerate(values):
+      leave(tmp_path / f"{method}_34x0.25_10_seed{seed}", top1)
+
+  accuracies("finetune", 0.8, 0.9)
+  accuracies("finetune_head1", 0.7, 0.6)
+  accuracies("finetune_head2", 0.81, 0.6)
+  assert start(tmp_path, *flags) == 0
+  table = (tmp_path / "claims.md").read_text()
+  head = "| a head of 3 layers is better than of"
+  assert (
+    f"{head} 1 layer | 10% | 85.0% ± 7.1% | 65.0% ± 7.1% | +20.0% ± 14.1% | "
+    "holds |"
+  ) in table
+  assert f"{head} 2 layers | 10% | 85.0% ± 7.1% | 70.5% ± 14.8%" in table
+  assert "| +14.5% ± 21.9% | not for each seed |" in table
+  with (tmp_path / "claims.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 7 * 2
+  assert claims_lib.to_markdown(
+    claims_lib.to_table(claims_lib.read_csv(tmp_path / "claims.csv"))
+  ) == table.rstrip("\n")
+
+
+def test_the_page_shows_grid_and_claims(fakes, tmp_path):
+  flags = ["--seeds=0,1", "--labels=1,10"]
+  assert start(tmp_path, *flags) == 0
+  page = (tmp_path / "report.html").read_text()
+  assert page.count("<svg") == 1
+  assert "self-distilled" in page
+  assert "Claims" not in page
+  ran = len(fakes.ran)
+  assert start(tmp_path, *flags, "--claims") == 0
+  repeated = set(fakes.ran[:ran]) & set(fakes.ran[ran:])
+  assert not repeated  # both use the same cells
+  page = (tmp_path / "report.html").read_text()
+  assert page.count("<svg") == 1
+  assert "fine-tuning from the head&#39;s first layer is better" in page
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
+    (["--claims", "--methods=linear"], "--methods does not go with --claims"),
+    (["--claims", "--sizes=18x1"], "claims compare two sizes"),
     (["--methods=scrach"], 'did you mean "scratch"?'),
     (["--sizes=18"], 'depth x width, such as 18x0.25'),
     (["--sizes=19x1"], "19"),

@@ -32,18 +32,6 @@ def render(run: Run, others=()) -> str:
     run: the run that it is about.
     others: runs to show beside it.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("simclr_jax.report", ""),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.ChainableUndefined,  # files of an older version
-  )
-  environment.filters |= {
-    "image": _data_uri,
-    "percent": lambda x: f"{x:.1%}" if isinstance(x, float) else "–",
-    "duration": lambda x: _duration(x) if isinstance(x, float | int) else "–",
-  }
 
   def section(make, *args):
     try:
@@ -51,7 +39,7 @@ def render(run: Run, others=()) -> str:
     except Missing as missing:
       return str(missing)
 
-  return environment.get_template("page.html.j2").render(
+  return template("page.html.j2").render(
     run=run,
     result=run.result,
     samples=run.samples,
@@ -67,6 +55,27 @@ def render(run: Run, others=()) -> str:
     classifier=section(_classifier, run),
     stages=_stages(run, others),
   )
+
+
+def template(name: str) -> jinja2.Template:
+  """One of the templates beside this file, with the filters that they use.
+
+  >>> template("page.html.j2").name
+  'page.html.j2'
+  """
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("simclr_jax.report", ""),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.ChainableUndefined,  # files of an older version
+  )
+  environment.filters |= {
+    "image": _data_uri,
+    "percent": lambda x: f"{x:.1%}" if isinstance(x, float) else "–",
+    "duration": lambda x: _duration(x) if isinstance(x, float | int) else "–",
+  }
+  return environment.get_template(name)
 
 
 def _curves(run: Run) -> dict[str, list[tuple[str, str]]]:

@@ -4,6 +4,8 @@ import html
 import io
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -50,13 +52,41 @@ _MOST_NAMES = 20  # of classes in a legend or on an axis
 
 def _svg(draw, *, name: str, title: str, size: tuple[float, float]) -> str:
   """Inline SVG of what draw(axes, figure) draws; sizes are in inches."""
+  return inline_svg(
+    lambda figure: draw(figure.add_subplot(), figure),
+    name=name,
+    title=title,
+    size=size,
+  )
+
+
+def inline_svg(
+  draw: Callable[[Figure], Any],
+  *,
+  name: str,
+  title: str,
+  size: tuple[float, float],
+) -> str:
+  """SVG in the page's colours of what `draw` draws onto a figure.
+
+  Args:
+    draw: takes a matplotlib Figure.
+    name: of the plot, unique on the page.
+    title: for people who cannot see it.
+    size: width and height in inches.
+
+  >>> def draw(figure):
+  ...   figure.add_subplot().plot([1, 2])
+  >>> inline_svg(draw, name="line", title="A line", size=(2, 2))[:4]
+  '<svg'
+  """
   with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
     figure = Figure(figsize=size, layout="constrained")
     file = io.StringIO()
     with warnings.catch_warnings():
       # The browser draws the text, in its own fonts.
       warnings.filterwarnings("ignore", message="Glyph .* missing from")
-      draw(figure.add_subplot(), figure)
+      draw(figure)
       nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
       figure.savefig(file, format="svg", metadata=nothing)
   text = file.getvalue()

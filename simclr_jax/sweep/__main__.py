@@ -9,8 +9,9 @@ from pathlib import Path
 from simclr_jax import cli, sweep
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
+from simclr_jax.sweep import page
+from simclr_jax.sweep.claims import Claim, make_claim_cells, make_claims
 from simclr_jax.sweep.grid import METHODS, SIZES, Cell, check_cells, make_cells
-from simclr_jax.sweep.results import write_results
 from simclr_jax.sweep.running import STAGES, run_cells
 
 
@@ -32,35 +33,19 @@ def _main(argv) -> int:
   )
   parser.add_argument("--recipe", default="digits")
   parser.add_argument("--workdir", type=Path, required=True)
+  parser.add_argument(
+    "--claims",
+    action="store_true",
+    help="compare what SimCLRv2 compares, instead of the grid",
+  )
   parser.add_argument("--sizes", help="DEPTHxWIDTH, from small to big")
   parser.add_argument("--labels", default="1,10,100", help="percentages")
   parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--methods", default=",".join(METHODS))
+  parser.add_argument("--methods", help=",".join(METHODS))
   parser.add_argument("--task", default="", help="I/N: part I of N, from 0")
   args, rest = parser.parse_known_args(argv)
-  sizes = args.sizes or SIZES.get(args.recipe.partition(",")[0])
-  if not sizes:
-    raise UserError(
-      f'--sizes is missing; recipe "{args.recipe}" has no default'
-      f"{config_lib.nearest(args.recipe, list(SIZES))}"
-    )
-  methods = args.methods.split(",")
-  for method in methods:
-    if method not in METHODS:
-      raise UserError(
-        f'--methods: "{method}" is unknown'
-        f"{config_lib.nearest(method, list(METHODS))} There are: "
-        f"{', '.join(METHODS)}."
-      )
   workdir = args.workdir.expanduser().absolute()
-  cells = make_cells(
-    recipe=args.recipe,
-    sizes=sizes.split(","),
-    percents=_numbers("labels", args.labels, float),
-    seeds=_numbers("seeds", args.seeds, int),
-    methods=methods,
-    fields=[_parse_field(flag) for flag in rest],
-  )
+  cells, claims = _plan(args, [_parse_field(flag) for flag in rest])
   mine = _part(cells, args.task)
   check_cells(cells, workdir)
   os.environ["JAX_NUM_PROCESSES"] = "1"  # processes share cells, not a run
@@ -68,12 +53,45 @@ def _main(argv) -> int:
   try:
     failed = run_cells(mine, workdir, locks=not args.task)
   finally:
-    write_results(cells, workdir)
+    page.write(cells, workdir, claims)
   for name in failed:
     file = workdir / name / "error.txt"
     where = f", see {file}" if file.exists() else ""  # not for what needs it
     print(f"failed: {name}{where}", file=sys.stderr)
   return 1 if failed else 0
+
+
+def _plan(args, fields) -> tuple[list[Cell], list[Claim]]:
+  """The cells, and the claims where these are asked for."""
+  sizes = args.sizes or SIZES.get(args.recipe.partition(",")[0])
+  if not sizes:
+    raise UserError(
+      f'--sizes is missing; recipe "{args.recipe}" has no default'
+      f"{config_lib.nearest(args.recipe, list(SIZES))}"
+    )
+  grid = {
+    "recipe": args.recipe,
+    "sizes": sizes.split(","),
+    "percents": _numbers("labels", args.labels, float),
+    "seeds": _numbers("seeds", args.seeds, int),
+    "fields": fields,
+  }
+  if args.claims:
+    if args.methods:
+      raise UserError("--methods does not go with --claims.")
+    if not args.sizes:
+      grid["sizes"] = grid["sizes"][:2]
+    cells = make_claim_cells(**grid)
+    return cells, make_claims(args.recipe, grid["sizes"], grid["percents"])
+  methods = args.methods.split(",") if args.methods else list(METHODS)
+  for method in methods:
+    if method not in METHODS:
+      raise UserError(
+        f'--methods: "{method}" is unknown'
+        f"{config_lib.nearest(method, list(METHODS))} There are: "
+        f"{', '.join(METHODS)}."
+      )
+  return make_cells(**grid, methods=methods), []
 
 
 def _numbers(name: str, text: str, kind) -> list:

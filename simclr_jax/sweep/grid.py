@@ -1,9 +1,10 @@
 """The cells of a grid: which runs there are and what they start from."""
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from simclr_jax import cli, resnet
 from simclr_jax import config as config_lib
@@ -38,10 +39,15 @@ class Cell(NamedTuple):
   @property
   def name(self) -> str:
     """That of its folder."""
-    return _name(self.method, self.size, self.percent, self.seed)
+    return cell_name(self.method, self.size, self.percent, self.seed)
 
 
-def _name(method, size, percent, seed) -> str:
+def cell_name(method: str, size: str, percent: float | None, seed: int) -> str:
+  """What the folder of a cell is called.
+
+  >>> cell_name("pretrain", "18x1", None, 0)
+  'pretrain_18x1_seed0'
+  """
   part = "" if percent is None else f"_{percent:g}"
   return f"{method}_{size}{part}_seed{seed}"
 
@@ -92,41 +98,84 @@ def make_cells(
   for cell in reversed(cells):
     if cell.name in wanted and cell.needs:
       wanted.add(cell.needs)
+  set_fields(cells, fields)
+  return [cell for cell in cells if cell.name in wanted]
+
+
+def set_fields(
+  cells: Sequence[Cell], fields: Sequence[tuple[str, str]]
+) -> None:
+  """Adds (stage or "config", "FIELD=VALUE") to the flags of cells, in place.
+
+  >>> cell = make_cell("digits", "scratch", 1, "finetune", size="18x1", seed=0)
+  >>> set_fields([cell], [("finetune", "num_steps=3")])
+  >>> cell.flags[-1]
+  '--config.num_steps=3'
+  """
   for cell in cells:
     cell.flags.extend(
       f"--config.{field}"
       for scope, field in fields
       if scope in (cell.stage, "config")
     )
-  return [cell for cell in cells if cell.name in wanted]
 
 
 def _chain(recipe, size, small, percents, seed) -> Iterator[Cell]:
   """All runs of one network and seed."""
-
-  def cell(method, percent, stage, options="", *, needs=None, network=None):
-    flags = [f"--config={stage}.py:{recipe}{options}", f"--config.seed={seed}"]
-    if network:
-      depth, width = _parse_size(network)
-      flags += [
-        f"--config.model.depth={depth}",
-        f"--config.model.width={width}",
-      ]
-    return Cell(method, size, percent, seed, stage, flags, needs)
-
-  encoder = _name("pretrain", size, None, seed)
+  cell = functools.partial(make_cell, recipe, size=size, seed=seed)
+  encoder = cell_name("pretrain", size, None, seed)
   yield cell("pretrain", None, "pretrain", network=size)
   for p in percents:
     few = f",labels={p:g}"
-    teacher = [_name(m, size, p, seed) for m in ("finetune", "self_distill")]
+    tuned = cell_name("finetune", size, p, seed)
+    teacher = cell_name("self_distill", size, p, seed)
     yield cell("scratch", p, "finetune", few, network=size)
     yield cell("linear", p, "finetune", f"{few},linear", needs=encoder)
     yield cell("finetune", p, "finetune", few, needs=encoder)
-    yield cell("self_distill", p, "distill", needs=teacher[0])
+    yield cell("self_distill", p, "distill", needs=tuned)
     if size != small:
       yield cell(
-        "distill", p, "distill", ",small", needs=teacher[1], network=small
+        "distill", p, "distill", ",small", needs=teacher, network=small
       )
+
+
+def make_cell(
+  recipe: str,
+  method: str,
+  percent: float | None,
+  stage: str,
+  options: str = "",
+  *,
+  size: str,
+  seed: int,
+  needs: str | None = None,
+  network: str | None = None,
+  fields: Mapping[str, Any] | None = None,
+) -> Cell:
+  """One run.
+
+  Args:
+    recipe: "digits", "cifar10", ...
+    method: what the run is called.
+    percent: of the labels.
+    stage: whose command it is.
+    options: of the recipe, such as ",small".
+    size: what the cell counts as.
+    seed: of the run.
+    needs: the name of the cell that it starts from.
+    network: the size of its network; None: from what it starts from.
+    fields: further fields of its config.
+
+  >>> make_cell("digits", "scratch", 1.0, "finetune", size="18x1", seed=0).name
+  'scratch_18x1_1_seed0'
+  """
+  fields = {"seed": seed, "report": False} | dict(fields or {})  # seconds each
+  if network:
+    depth, width = _parse_size(network)
+    fields |= {"model.depth": depth, "model.width": width}
+  flags = [f"--config={stage}.py:{recipe}{options}"]
+  flags += [f"--config.{name}={value}" for name, value in fields.items()]
+  return Cell(method, size, percent, seed, stage, flags, needs)
 
 
 def _parse_size(text: str) -> tuple[int, float]:

@@ -1,0 +1,94 @@
+"""The files that a sweep leaves, report.html among them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from simclr_jax.provenance import provenance
+from simclr_jax.sweep import claims as claims_lib
+from simclr_jax.sweep import figure, results
+from simclr_jax.sweep.grid import Cell
+
+
+def write(
+  cells: Sequence[Cell],
+  workdir: Path,
+  claims: Sequence[claims_lib.Claim] = (),
+) -> None:
+  """Writes what is there so far into `workdir`, and prints its table.
+
+  label_efficiency.{csv,png,svg}, or claims.{csv,md} where there are claims; and
+  report.html, which shows both where both are there.
+  """
+  rows = results.collect(cells, workdir)
+  if not rows:
+    return
+  if claims:
+    found = claims_lib.findings(claims, rows)
+    table = claims_lib.to_table(found)
+    _write(workdir, {"claims.csv": claims_lib.to_csv(found)})
+    _write(workdir, {"claims.md": claims_lib.to_markdown(table) + "\n"})
+  else:
+    table = results.to_table(rows)
+    _write(workdir, {"label_efficiency.csv": results.to_csv(rows)})
+    _write(workdir, figure.files(rows))
+  _write(workdir, {"report.html": render(workdir)})
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  print()
+  for row in table:
+    pairs = zip(row, widths, strict=True)
+    print("  ".join(f"{text:{width}}" for text, width in pairs).rstrip())
+  print(f"\n{len(rows)} of {len(cells)} cells; see {workdir}/report.html")
+
+
+def _write(workdir: Path, files: Mapping[str, str | bytes]) -> None:
+  for name, content in files.items():
+    # Other processes write it too.
+    draft = workdir / f".{name}.{os.getpid()}"
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    draft.replace(workdir / name)
+
+
+def render(workdir: Path) -> str:
+  """HTML of what the csv files in `workdir` say.
+
+  >>> "Label efficiency" in render(Path("runs"))
+  True
+  """
+  # Here, because matplotlib takes a second to import.
+  from simclr_jax.report import page, plots
+
+  sections = []
+  if rows := results.read_csv(workdir / "label_efficiency.csv"):
+    size = figure.size_of(rows)
+    svg = any(size) and plots.inline_svg(
+      lambda canvas: figure.draw(canvas, rows),
+      name="sweep",
+      title="Top-1 against labels, a line for each size",
+      size=size,
+    )
+    sections.append(
+      {
+        "title": "Top-1 against labels",
+        "text": "Means over seeds; bars and ± are one standard deviation.",
+        "svg": svg,
+        "rows": results.to_table(rows),
+      }
+    )
+  if found := claims_lib.read_csv(workdir / "claims.csv"):
+    sections.append(
+      {
+        "title": "Claims",
+        "text": "What SimCLRv2 says, and what was found here. A claim holds "
+        "where the gain is above 0 for each seed.",
+        "rows": claims_lib.to_table(found),
+      }
+    )
+  about = provenance()
+  versions = " · ".join(f"{k} {v}" for k, v in about["versions"].items())
+  return page.template("sweep.html.j2").render(
+    title="Label efficiency",
+    about=f"Runs in {workdir}.",
+    sections=sections,
+    footer=f"{about['device']} · {versions} · commit {about['commit']}",
+  )
