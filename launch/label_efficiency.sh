@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What pretraining, size and distillation are worth when labels are few: a grid
-# of networks x label fractions x seeds, its csv, its table and its figure.
+# of networks x label fractions x seeds, its csv, table, figure and report.html.
 #
 #   bash launch/label_efficiency.sh [digits|cifar10] [OPTIONS]
 #
 #   bash launch/label_efficiency.sh digits --seeds=0 --sizes=18x0.125,18x0.25
+#   bash launch/label_efficiency.sh digits --claims
 #
 # Runs are kept in runs/label_efficiency_RECIPE. The same command again, also
 # while the first one runs, or as an array of Slurm, takes what is not done yet:
@@ -17,6 +18,7 @@
 #   --sizes=18x0.25,50x1     depth x width, from small to big
 #   --labels=1,10,100        percentages of the labels
 #   --seeds=0,1,2
+#   --claims                 the table of SimCLRv2's claims instead of the grid
 #   --methods=scratch,linear,finetune,self_distill,distill
 #   --task=I/N               part I of N, where DIR has no file locks
 #   --pretrain.FIELD=VALUE   sets a field of a stage's runs (also --finetune.,

@@ -149,7 +149,9 @@ def test_slurm_keeps_the_bits_where_asked(start, tmp_path, on):
   (tmp_path / "code").write_text("0")
   env = {"SIMCLR_DETERMINISTIC": "1", "XLA_FLAGS": "--mine"} if on else {}
   _, out, _ = start("slurm.sbatch", "train", env=env, srun=SRUN)
-  flags = "--mine --xla_gpu_exclude_nondeterministic_ops=true" if on else ""
+  flags = "--xla_gpu_enable_latency_hiding_scheduler=true"
+  if on:
+    flags += " --mine --xla_gpu_exclude_nondeterministic_ops=true"
   cache = tmp_path / "xla_cache" if on else ""
   assert f"flags:{flags} cache:{cache}\n" in out
 
