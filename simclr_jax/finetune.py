@@ -218,6 +218,8 @@ def _protocol(config) -> str:
     kind = "linear"
   if config.labels_per_class:
     return f"{kind} {config.labels_per_class} per class"
+  if config.label_percent == 100 and config.data.label_ids:
+    return f"{kind} on listed labels"
   if config.label_percent == 100 and kind == "linear":
     return kind
   return f"{kind} {config.label_percent:g}%"

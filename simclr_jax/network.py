@@ -114,7 +114,8 @@ def open_source(
   """Opens images for a network, split as training splits them.
 
   Args:
-    network: from `load`; says how many channels the images get.
+    network: from `load`; says how many channels the images get: gray ones
+      become RGB, RGB ones gray.
     name: "digits", "tfds:NAME" or "folder:PATH".
     split: "" is all images of a folder, else "train".
     **options: of `sources.make_source`.
@@ -132,11 +133,6 @@ def open_source(
     raise UserError(_as_flags(str(error))) from None
   if source.channels == network.channels:
     return source
-  if name == "digits":
-    raise UserError(
-      f"--data: the network takes images of {network.channels} channels, but "
-      "digits are gray"
-    )
   return dataclasses.replace(source, channels=network.channels)
 
 

@@ -205,13 +205,21 @@ def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path):
     run(made, tmp_path / "x.csv")
   with pytest.raises(UserError, match="--data: there is no folder"):
     embed.embed(made[0] / "run", f"folder:{tmp_path}/none", out)
-  with pytest.raises(UserError, match=r"--data: .* 3 channels.*gray"):
-    embed.embed(made[0] / "run", "digits", out)
   with pytest.raises(UserError, match=r"--checkpoint: .*no checkpoints"):
     embed.embed(tmp_path, "digits", out)
   left = {path.name for path in tmp_path.iterdir()}
   assert left <= {"taken.npz", "x.npz.parts"}
   assert not list(tmp_path.glob("x.npz.parts/*.npz"))
+
+
+def test_gray_images_reach_an_rgb_network(made):
+  net = network.load(made[0] / "run")
+  source = network.open_source(net, "digits", split="test")
+  (image, _), *_ = source.fetch([0])
+  assert image.shape == (8, 8, 3)
+  assert image.any()
+  assert (image == image[..., :1]).all()
+
 
 
 def test_the_command_ends_with_2(tmp_path, capsys):

@@ -246,7 +246,8 @@ def crop_and_resize(images, boxes, *, size):
 
   Args:
     images: [..., H, W, C] uint8, or floats in [0, 1].
-    boxes: [..., 4] or [4]: top, left, height, width in pixels.
+    boxes: [..., 4] or [4]: top, left, height, width in whole pixels, inside
+      the image, of one pixel or more.
     size: int or (height, width) of the result.
 
   Returns:
