@@ -750,6 +750,7 @@ def test_a_file_of_ids_chooses_the_labels(tmp_path):
   }.items():
     config_lib.set_field(config, name, value)
   train, test = data.open_splits(config, tmp_path / "run")
+  assert finetune._protocol(config) == "supervised on listed labels"
   assert train.labels.tolist() == [0, 1]
   assert train.images[:, 0, 0, 0].tolist() == [4, 1]
   assert test.labels.tolist() == [0, 0, 1, 1]
