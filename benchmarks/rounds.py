@@ -153,15 +153,10 @@ def batch_of(config, *, channels: int = 3) -> dict:
 
 
 def alternate(forms: dict, rounds: int) -> dict:
-  """{name: seconds of each round}; every form runs once before.
-
-  A pause keeps a form from paying for the one before it, whose idle threads
-  spin for a while: PyTorch's made our next step a tenth slower.
-  """
+  """{name: seconds of each round}; every form runs once before."""
   seconds = {name: [] for name in forms}
   for i in range(rounds + 1):
     for name, form in forms.items():
-      time.sleep(1)
       taken = form()
       if i:
         seconds[name].append(taken)
