@@ -144,6 +144,8 @@ def get_config(arg="digits"):
     config.batch_size = 64
     config.num_epochs = 0.0
     config.num_steps = 60 if options.labels < 5 else 120
+    if options.labels > 50:
+      config.num_steps = 400
     config.data.name = "digits"
     config.data.eval_split = "test"
     config.augment.flip_probability = 0.0
