@@ -221,7 +221,6 @@ def test_gray_images_reach_an_rgb_network(made):
   assert (image == image[..., :1]).all()
 
 
-
 def test_the_command_ends_with_2(tmp_path, capsys):
   with pytest.raises(SystemExit) as end:
     embed.main(

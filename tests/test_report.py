@@ -16,6 +16,9 @@ from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 from simclr_jax.report import findings, page
 from simclr_jax.report import run as run_lib
+from simclr_jax.sweep import claims as claims_lib
+from simclr_jax.sweep import page as page_lib
+from simclr_jax.sweep import results
 
 SECTIONS = (
   "stages",
@@ -523,10 +526,8 @@ return worst;
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
-def test_in_chromium(browser, made, width, scheme):
+def emulate(browser, width, scheme):
+  """A window of this width; forgets what was logged."""
   browser.execute_cdp_cmd(
     "Emulation.setDeviceMetricsOverride",
     {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
@@ -537,36 +538,89 @@ def test_in_chromium(browser, made, width, scheme):
   )
   for log in ("browser", "performance"):
     browser.get_log(log)
-  for name in made[1]:
-    browser.get((made[0] / name / "report.html").as_uri())
-    time.sleep(0.3)  # a late request would come now
-    sizes = browser.execute_script(
-      "return [...document.querySelectorAll('section')].map("
-      "s => [s.id, s.offsetHeight, s.querySelector('h2').offsetHeight])"
-    )
-    assert [name for name, *_ in sizes] == list(SECTIONS)
-    assert all(min(heights) > 10 for _, *heights in sizes)
-    empty = browser.execute_script(
-      "return [...document.querySelectorAll('img, svg')].filter(e => "
-      "e.getBoundingClientRect().width < 20 || e.naturalWidth === 0).length"
-    )
-    assert empty == 0
-    page_width, shown = browser.execute_script(
-      "const page = document.documentElement;"
-      "return [page.scrollWidth, page.clientWidth]"
-    )
-    assert page_width == shown  # nothing to scroll to the side
-    assert 0.9 * width < shown <= width  # less a scroll bar
-    ratio, text = browser.execute_script(CONTRAST)
-    assert ratio >= 4.5, text
-    assert browser.get_log("browser") == []
+
+
+def check_page(browser, file, width):
+  """Opens it: nothing is empty, too wide, too pale or complained about.
+
+  Returns the ids of its sections.
+  """
+  browser.get(file.as_uri())
+  time.sleep(0.3)  # a late request would come now
+  sizes = browser.execute_script(
+    "return [...document.querySelectorAll('section')].map("
+    "s => [s.id, s.offsetHeight, s.querySelector('h2').offsetHeight])"
+  )
+  assert all(min(heights) > 10 for _, *heights in sizes)
+  empty = browser.execute_script(
+    "return [...document.querySelectorAll('img, svg')].filter(e => "
+    "e.getBoundingClientRect().width < 20 || e.naturalWidth === 0).length"
+  )
+  assert empty == 0
+  page_width, shown = browser.execute_script(
+    "const page = document.documentElement;"
+    "return [page.scrollWidth, page.clientWidth]"
+  )
+  assert page_width == shown  # nothing to scroll to the side
+  assert 0.9 * width < shown <= width  # less a scroll bar
+  ratio, text = browser.execute_script(CONTRAST)
+  assert ratio >= 4.5, text
+  assert browser.get_log("browser") == []
+  return [name for name, *_ in sizes]
+
+
+def check_requests(browser, count):
+  """No page asked for more than itself."""
   requests = []
   for entry in browser.get_log("performance"):
     message = json.loads(entry["message"])["message"]
     if message["method"] == "Network.requestWillBeSent":
       requests.append(message["params"]["request"]["url"])
-  assert len(requests) >= len(made[1])
+  assert len(requests) >= count
   for url in requests:
     assert url.startswith(("data:", "file:///")), url
     if url.startswith("file:"):
       assert url.endswith("/report.html")
+
+
+WINDOWS = [
+  (width, scheme) for width in (400, 1400) for scheme in ("light", "dark")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, scheme", WINDOWS)
+def test_in_chromium(browser, made, width, scheme):
+  emulate(browser, width, scheme)
+  for name in made[1]:
+    file = made[0] / name / "report.html"
+    assert check_page(browser, file, width) == list(SECTIONS)
+  check_requests(browser, len(made[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, scheme", WINDOWS)
+def test_the_page_of_a_sweep_in_chromium(browser, tmp_path, width, scheme):
+  rows = [
+    {
+      "method": method,
+      "size": size,
+      "label_percent": percent,
+      "seed": seed,
+      "top1": top1,
+    }
+    for method in ("scratch", "finetune", "finetune_head2")
+    for size in ("18x0.5", "18x1")
+    for percent, top1 in ((1.0, 0.5), (10.0, 0.75))
+    for seed in (0, 1)
+  ]
+  (tmp_path / "label_efficiency.csv").write_text(results.to_csv(rows))
+  claims = claims_lib.make_claims("cifar10", ["18x0.5", "18x1"], [1.0, 10.0])
+  found = claims_lib.findings(claims, rows)
+  assert len(found) == 4
+  (tmp_path / "claims.csv").write_text(claims_lib.to_csv(found))
+  (tmp_path / "report.html").write_text(page_lib.render(tmp_path))
+  emulate(browser, width, scheme)
+  sections = check_page(browser, tmp_path / "report.html", width)
+  assert sections == ["labels", "claims"]
+  check_requests(browser, 1)

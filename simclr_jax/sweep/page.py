@@ -69,6 +69,7 @@ def render(workdir: Path) -> str:
     )
     sections.append(
       {
+        "id": "labels",
         "title": "Top-1 against labels",
         "text": "Means over seeds; bars and ± are one standard deviation.",
         "svg": svg,
@@ -78,6 +79,7 @@ def render(workdir: Path) -> str:
   if found := claims_lib.read_csv(workdir / "claims.csv"):
     sections.append(
       {
+        "id": "claims",
         "title": "Claims",
         "text": "What SimCLRv2 says, and what was found here. A claim holds "
         "where the gain is above 0 for each seed.",
