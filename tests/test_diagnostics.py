@@ -89,6 +89,9 @@ def test_what_is_not_finite_is_named():
   assert "the loss is nan" in problem({"loss": math.nan})
   found = problem(norms("grad", 2))
   assert found == "the gradient of encoder/block_group1/b is not finite"
+  # The gradient breaks the update, and that the value.
+  both = norms("param", 3) | norms("update", 1) | norms("grad", 2)
+  assert problem(both) == found
   found = problem(norms("param", 3))
   assert found == "the value of encoder/stem/kernel is not finite"
   found = problem(norms("update", 0))
@@ -126,6 +129,7 @@ def advised(lines, **options):
 
 def test_a_healthy_run_gets_no_advice():
   assert advised([healthy()] * 9) == ([0] * 9, "")
+  assert advised([healthy(input_wait=0.19)] * 9) == ([0] * 9, "")
 
 
 @pytest.mark.parametrize(

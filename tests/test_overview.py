@@ -72,6 +72,7 @@ def test_frozen_and_loaded_parts():
   table = cells(config(), PARAMS, trainable=trainable, loaded=PARAMS)
   assert table["stem"]["trains"] == "frozen"
   assert table["stem"]["peak rate"] == "0"
+  assert table["stem"]["decayed"] == table["stem"]["adapted"] == "0"
   assert table["block_group1"]["trains"] == "yes"
   assert table["block_group1"]["weights"] == "loaded"
   assert table["classifier"]["weights"] == "new"
@@ -81,6 +82,6 @@ def test_what_was_left_is_said(capsys):
   overview.show(config(), PARAMS, loaded=PARAMS)
   text = capsys.readouterr().out
   assert "left in the checkpoint: classifier" in text
-  assert "57 values" in text
+  assert "57 values, 32 images a device" in text  # 256 on 8 devices
   overview.show(config(), PARAMS)
   assert "left" not in capsys.readouterr().out

@@ -119,6 +119,7 @@ def test_ways_are_tried_where_it_does_not_fit(config, monkeypatch, capsys):
   assert found["fits"] is False
   assert found["ways"]["model.dtype=bfloat16"] == 2**30
   assert found["ways"]["model.remat=true"] == 3 * 2**30
+  assert plan.plan(config, memory_gib=3)["fits"] is True
   lines = capsys.readouterr().out.splitlines()
   assert any("bfloat16" in line and line.endswith("yes") for line in lines)
   assert any("remat" in line and line.endswith("no") for line in lines)
@@ -138,10 +139,15 @@ def test_every_kind_of_step_is_planned(config, monkeypatch):
   config = config.copy_and_resolve_references()
   config.memory.size = 64
   build.resolve(config)
-  plain = plan.estimate(config, num_devices=8, num_classes=10, channels=1)
+  known = {"num_devices": 8, "num_classes": 10, "channels": 1}
+  plain = plan.estimate(config, **known)
   assert len(calls) == 1
   queue = 64 * config.head.dim * 4
   assert plain["state"] > 3 * queue
+  # A CPU has no bfloat16; what an accelerator needs is half as much.
+  config.model.dtype = "bfloat16"
+  halved = plan.estimate(config, **known)
+  assert halved["activations"] == plain["activations"] // 2
 
 
 @pytest.mark.parametrize(
