@@ -1,12 +1,13 @@
-"""Two random views of each image: lightly, dm-pix under vmap, and this package.
+"""Two random views of each image: lightly, kornia, dm-pix, and this package.
 
   python benchmarks/augment.py --peers=peers/bin/python --output=augment.json
 
 Small: 32 pixels, colour at half strength, no blur (the CIFAR-10 recipe). Large:
 from a canvas of 256 to 224 pixels, with blur. lightly's transform works on PIL
-images with one process a core. dm-pix has no random crop of random size, so it
-gets this package's; its colour operations come in a random order per image, as
-in BYOL's JAX code. Pixels are random and in memory.
+images with one process a core, kornia on batches. dm-pix, under vmap, has no
+random crop of random size, so it gets this package's; its colour operations
+come in a random order per image, as in BYOL's JAX code. Pixels are random and
+in memory.
 """
 
 import functools
@@ -110,19 +111,25 @@ def main():
   for case in args.cases:
     count, canvas, size, strength, blur, more, *wanted = CASES[case]
     forms = make_forms(count, canvas, size, strength, blur)
-    with rounds.maybe_peer(
-      args.peers,
-      "views",
-      count=more,
-      canvas=canvas,
-      size=size,
-      strength=strength,
-      blur=blur,
-      processes=os.cpu_count(),
-    ) as (lightly, found):
+    options = {
+      "canvas": canvas,
+      "size": size,
+      "strength": strength,
+      "blur": blur,
+    }
+    with (
+      rounds.maybe_peer(
+        args.peers, "views", count=more, processes=os.cpu_count(), **options
+      ) as (lightly, found),
+      rounds.maybe_peer(args.peers, "kornia_views", count=count, **options) as (
+        kornia,
+        _,
+      ),
+    ):
       if lightly:
         versions = found
         forms["lightly"] = lambda: lightly() * count / more  # noqa: B023
+        forms["kornia"] = kornia
       seconds = rounds.alternate(forms, args.rounds)
     lines.append(
       rounds.report(

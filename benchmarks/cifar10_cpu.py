@@ -33,8 +33,9 @@ NETWORK = {
   "data.image_size": 16,
   "data.canvas_size": 32,
 }
-# For 500 labels. The recipe's batch of 512 would make 59 steps, too few to train
-# anything from scratch; at 16 pixels a crop of less than half shows little.
+# For 500 labels. The recipe's batch of 512 would make 59 steps, too few to
+# train anything from scratch; at 16 pixels a crop of less than half shows
+# little.
 FEW = {
   "batch_size": 64,
   "num_epochs": 60,

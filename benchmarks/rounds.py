@@ -5,8 +5,8 @@ once (Python 3.11; PyTorch for your GPU, or a CPU build):
 
   python3.11 -m venv peers && alias pip=peers/bin/pip
   pip install torch==2.13.0 numpy pillow
-  pip install --no-deps torchvision==0.28.0 lightly lightly_utils \
-      torchmetrics pytorch_lightning hydra-core aenum
+  pip install --no-deps torchvision==0.28.0 kornia kornia_rs lightly \
+      lightly_utils torchmetrics pytorch_lightning hydra-core aenum
   pip install einops lightning_utilities PyYAML rich tqdm requests pydantic \
       packaging psutil python-dateutil urllib3
 

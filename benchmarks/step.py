@@ -5,7 +5,8 @@
 Ours is the step that `simclr_jax.pretrain` runs: two views of uint8 images made
 within it, network, NT-Xent, probe, gradient, LARS; once more with views that
 are there already, which shows what making them costs. Theirs gets ready views,
-SGD and no probe; on a GPU under bfloat16 autocast and torch.compile.
+SGD and no probe; on a GPU under bfloat16 autocast and torch.compile. The second
+peer has the loss of solo-learn (exponentials, then sums) and is not compiled.
 
 On a CPU: ResNet-18, 32 pixels, batch 64. On one GPU: ResNet-50 at 224 pixels
 from a canvas of 256 and ResNet-18 at 32, both batch 512. Beside each stand two
@@ -77,18 +78,31 @@ def main():
     build.two_views = ready_views
     forms["views given"], _ = make_form(config, steps)
     build.two_views = two_views
-    with rounds.maybe_peer(
-      args.peers,
-      "step",
-      depth=depth,
-      width=width,
-      size=side,
-      batch=batch,
-      steps=steps,
-      compile=not on_cpu,
-    ) as (pytorch, found):
+    options = {
+      "depth": depth,
+      "width": width,
+      "size": side,
+      "batch": batch,
+      "steps": steps,
+    }
+    with (
+      rounds.maybe_peer(args.peers, "step", compile=not on_cpu, **options) as (
+        pytorch,
+        found,
+      ),
+      # Two networks of the large case do not fit beside ours.
+      rounds.maybe_peer(
+        "" if case == "resnet50" else args.peers,
+        "step",
+        compile=False,
+        loss="exp_sum",
+        **options,
+      ) as (solo, _),
+    ):
       if pytorch:
         forms["PyTorch"], versions = pytorch, found
+      if solo:
+        forms["solo-learn's step"] = solo
       seconds = rounds.alternate(forms, args.rounds)
     needs = plan.estimate(config, num_devices=jax.device_count())
     floor = rounds.floors()

@@ -1,4 +1,4 @@
-"""The peers' side of the benchmarks: PyTorch and lightly, one process.
+"""The peers' side of the benchmarks: PyTorch, lightly, kornia, one process.
 
 Started by rounds.py in the peers' environment. Prints its versions, then runs a
 round for each line that it reads and prints the seconds that it took.
@@ -77,6 +77,38 @@ def views(o):
   return one_round
 
 
+def kornia_views(o):
+  """Two views of a batch on the device, by kornia's batched augmentation."""
+  import kornia.augmentation as K
+
+  s = o["strength"]
+  operations = [
+    K.RandomResizedCrop((o["size"], o["size"]), scale=(0.08, 1.0)),
+    K.RandomHorizontalFlip(p=0.5),
+    K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
+    K.RandomGrayscale(p=0.2),
+  ]
+  if o["blur"]:
+    kernel = o["size"] // 10 | 1
+    operations.append(
+      K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=o["blur"])
+    )
+  transform = K.AugmentationSequential(*operations, data_keys=["input"])
+  pixels = np.random.default_rng(0).integers(
+    0, 256, (o["count"], 3, o["canvas"], o["canvas"]), np.uint8
+  )
+  images = torch.from_numpy(pixels).to(DEVICE)
+
+  def one_round():
+    with torch.no_grad():
+      x = images.float() / 255
+      transform(x), transform(x)
+    _wait()
+
+  one_round()
+  return one_round
+
+
 class Network(torch.nn.Module):
   """torchvision's ResNet and lightly's head with three layers."""
 
@@ -114,12 +146,23 @@ def _narrow(blocks, width):
   return net
 
 
+def exp_sum_loss(z1, z2, temperature=0.5):
+  """NT-Xent in the form of solo-learn: exponentials, then sums, then logs."""
+  z = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1)
+  e = torch.exp(z @ z.T / temperature)
+  n = len(z1)
+  positive = torch.cat([e.diagonal(n), e.diagonal(-n)])
+  return -torch.log(positive / (e.sum(1) - e.diagonal())).mean()
+
+
 def make_step(o):
   """Views [2n, 3, H, W] on the device -> nothing; updates the network."""
   torch.backends.cudnn.benchmark = True
   model = Network(o).to(DEVICE, memory_format=torch.channels_last).train()
   optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
   loss_fn = NTXentLoss(temperature=0.5)
+  if o.get("loss") == "exp_sum":
+    loss_fn = exp_sum_loss
   forward = torch.compile(model) if o["compile"] else model
   half = torch.autocast(
     DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"
@@ -210,11 +253,16 @@ def train(o):
 
 
 def main():
-  work = {"views": views, "step": step, "train": train}[sys.argv[1]]
+  work = {
+    "views": views,
+    "kornia_views": kornia_views,
+    "step": step,
+    "train": train,
+  }[sys.argv[1]]
   one_round = work(json.loads(sys.argv[2]))
   versions = {
     name: importlib.metadata.version(name)
-    for name in ("torch", "torchvision", "lightly", "pillow")
+    for name in ("torch", "torchvision", "lightly", "kornia", "pillow")
   }
   print(json.dumps(versions), flush=True)
   for _ in sys.stdin:
