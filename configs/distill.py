@@ -67,6 +67,7 @@ def get_config(arg="digits"):
   config.head = ml_collections.ConfigDict()
   config.head.num_layers = -1  # the teacher's
   config.head.dim = 0
+  config.head.width = 0.0
   config.head_layer = -1  # where the classifier sits; -1: as in the teacher
 
   config.loss = ml_collections.ConfigDict()

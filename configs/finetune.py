@@ -82,6 +82,7 @@ def get_config(arg="digits"):
   config.head = ml_collections.ConfigDict()
   config.head.num_layers = -1  # from the checkpoint
   config.head.dim = 0
+  config.head.width = 0.0
 
   config.optim = ml_collections.ConfigDict()
   config.optim.name = "lars"  # lars | momentum | adam
@@ -106,6 +107,7 @@ def get_config(arg="digits"):
   config.scratch.pool_padding = "same"
   config.scratch.num_layers = 3
   config.scratch.dim = 128
+  config.scratch.head_width = 1.0
   config.scratch.image_size = 224
   config.scratch.canvas_size = 0
 

@@ -86,6 +86,7 @@ def get_config(arg="digits"):
   config.head = ml_collections.ConfigDict()
   config.head.num_layers = 3
   config.head.dim = 128
+  config.head.width = 1.0  # units of its hidden layers over features of h
 
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "nt_xent"  # nt_xent | supcon: labels too, where known
@@ -140,8 +141,9 @@ def get_config(arg="digits"):
     config.eval_every_steps = 5000
     if options.sqrt or options.tiny:
       # google-research/simclr issue 166, for any batch size and 100 epochs or
-      # more. It also has a head twice as wide, which this package has not.
+      # more.
       config.head.dim = 64
+      config.head.width = 2.0 if options.sqrt else 1.0
       config.loss.temperature = 0.2
       config.optim.learning_rate = 0.2
       config.optim.scaling = "sqrt"

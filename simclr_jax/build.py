@@ -30,7 +30,7 @@ ENCODER = (
   "model.stem",
   "model.pool_padding",
 )
-HEAD = ("head.num_layers", "head.dim")
+HEAD = ("head.num_layers", "head.dim", "head.width")
 VIEW = ("data.image_size", "data.canvas_size")
 
 
@@ -147,6 +147,7 @@ def make_model(config, *, num_classes: int | None, **options):
     bn_group_size=config.model.bn_group_size,
     num_layers=config.head.num_layers,
     dim=config.head.dim,
+    head_width=config.head.width,
     num_classes=num_classes,
     dtype=jnp.dtype(config.model.dtype),
     axis_name=parallel.AXIS,

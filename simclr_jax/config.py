@@ -110,8 +110,13 @@ def to_json(config: ml_collections.ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
+_ADDED = {"data.label_ids": "", "head.width": 1.0}
+
+
 def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
   """Rebuilds a locked config from JSON values (lists become tuples).
+
+  Fields that earlier versions did not store get what was then the only value.
 
   >>> from_json_tree({"augment": {"area_range": [0.3, 1.0]}}).augment.area_range
   (0.3, 1.0)
@@ -122,7 +127,12 @@ def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
       return {k: tuples(v) for k, v in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
-  return ml_collections.ConfigDict(tuples(tree)).lock()
+  config = ml_collections.ConfigDict(tuples(tree))
+  for name, value in _ADDED.items():
+    section, _, leaf = name.partition(".")
+    if section in config and leaf not in config[section]:
+      config[section][leaf] = value
+  return config.lock()
 
 
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
@@ -189,6 +199,7 @@ _NOT_NEGATIVE = (
   "data.canvas_size",
   "data.eval_fraction",
   "data.memory_gib",
+  "head.width",
   "optim.learning_rate",
   "optim.warmup_epochs",
   "optim.weight_decay",

@@ -241,6 +241,7 @@ def _config(arch, head, head_layer, size):
     "model.dtype": "float32",
     "head.num_layers": head["num_layers"],
     "head.dim": head["dim"],
+    "head.width": 1.0,
     "data.image_size": size,
     "data.canvas_size": size if size <= 64 else size * 3 // 2,
   }

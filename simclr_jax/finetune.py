@@ -197,6 +197,7 @@ def _resolve_network(config) -> dict | None:
   names = (*build.ENCODER, *build.HEAD, *build.VIEW)
   if not config.pretrained:
     scratch = {name: config.scratch[name.split(".")[1]] for name in names}
+    scratch["head.width"] = config.scratch.head_width
     config_lib.fill(config, scratch, names)
     print("finetune: config.pretrained is empty, so training from scratch")
     return None

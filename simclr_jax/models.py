@@ -22,12 +22,14 @@ from simclr_jax.config import UserError
 class ProjectionHead(nn.Module):
   """h [n, C] to the list [h, head_1, .., head_k] (`model_util.py`).
 
-  Every layer is dense without bias, then BatchNorm; hidden layers keep the
-  width C and end in ReLU, the last has `dim` outputs, no beta and no ReLU.
+  Every layer is dense without bias, then BatchNorm; hidden layers have `width`
+  times C units (official: C) and end in ReLU, the last has `dim` outputs, no
+  beta and no ReLU.
   """
 
   num_layers: int
   dim: int
+  width: float = 1.0
   freeze: bool = False
   dtype: Any = jnp.float32
   axis_name: str | None = None
@@ -46,7 +48,7 @@ class ProjectionHead(nn.Module):
     for k in range(1, self.num_layers + 1):
       is_last = k == self.num_layers
       x = nn.Dense(
-        self.dim if is_last else h.shape[-1],
+        self.dim if is_last else max(round(self.width * h.shape[-1]), 1),
         use_bias=False,
         kernel_init=nn.initializers.normal(0.01),
         dtype=self.dtype,
@@ -105,6 +107,7 @@ def make_model(
   sk_ratio: float = 0.0,
   num_layers: int = 3,
   dim: int = 128,
+  head_width: float = 1.0,
   num_classes: int | None = None,
   head_layer: int = 1,
   probe: bool = False,
@@ -121,7 +124,7 @@ def make_model(
 
   `model.apply(variables, images, train=False, endpoints=False)` takes float
   images [n, H, W, C] in [0, 1] with any C and returns a dict: "h" [n, F],
-  "head_0" (= h) .. "head_k" [n, F] after BatchNorm and ReLU, "z" [n, dim] (the
+  "head_0" (= h) .. "head_k" [n, G] after BatchNorm and ReLU, "z" [n, dim] (the
   last of them) and, with num_classes, "logits" [n, num_classes]. All have type
   promote_types(dtype, float32). With endpoints=True also the maps named in
   `resnet.ResNet`. Training: pass mutable=["batch_stats"].
@@ -138,6 +141,7 @@ def make_model(
     sk_ratio: selective kernels; 0 is none, 0.0625 the paper's.
     num_layers: of the projection head; 0 is no head (z = h), 1 a linear one.
     dim: of z.
+    head_width: units of the head's hidden layers over features of h, G / F.
     num_classes: of the classifier; None is no classifier.
     head_layer: which of head_0 .. head_k the classifier sits on.
     probe: no gradient from the classifier into the network (the linear probe
@@ -177,6 +181,8 @@ def make_model(
       f"head.num_layers and head.dim: got {num_layers} and {dim}, must be at "
       "least 0 and 1"
     )
+  if not head_width > 0:
+    raise UserError(f"head.width: got {head_width}, must be above 0")
   if num_classes is not None and num_classes < 1:
     raise UserError(f"num_classes: got {num_classes}, must be at least 1")
   if num_classes is not None and not 0 <= head_layer <= num_layers:
@@ -208,7 +214,9 @@ def make_model(
     conv_general_dilated=_conv_fn(conv),
     **batch,
   )
-  head = ProjectionHead(num_layers, dim, freeze=is_frozen, dtype=wide, **batch)
+  head = ProjectionHead(
+    num_layers, dim, head_width, freeze=is_frozen, dtype=wide, **batch
+  )
   zeros, normal = nn.initializers.zeros, nn.initializers.normal(0.01)
   classifier = nn.Dense(
     num_classes or 0,

@@ -20,6 +20,7 @@ def make_run(
     "model.dtype": "float32",
     "head.num_layers": 2,
     "head.dim": 8,
+    "head.width": 1.0,
     "data.image_size": 8,
     "data.canvas_size": 8,
   }

@@ -48,6 +48,15 @@ def test_mistakes_in_the_argument_are_named(arg, message):
 STAGES = ("pretrain", "finetune", "distill")
 
 
+def test_configs_of_earlier_versions_are_read():
+  tree = json.loads(config_lib.to_json(recipe("pretrain", "digits")))
+  del tree["head"]["width"], tree["data"]["label_ids"]
+  config = config_lib.from_json_tree(tree)
+  assert config.head.width == 1.0
+  assert config.data.label_ids == ""
+  assert "head" not in config_lib.from_json_tree({"seed": 0})
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet"])
 def test_every_recipe_passes_its_own_check(stage, name):

@@ -328,6 +328,20 @@ def test_heads(tiny_shapes, num_layers):
   }
 
 
+def test_a_wider_head(tiny_shapes):
+  model, variables, images = tiny_shapes(num_layers=3, head_width=1.5)
+  outputs = jax.eval_shape(model.apply, variables, images)
+  shapes = {name: x.shape for name, x in outputs.items()}
+  assert shapes == {
+    "h": (2, 64),
+    "head_0": (2, 64),
+    "head_1": (2, 96),
+    "head_2": (2, 96),
+    "head_3": (2, 16),
+    "z": (2, 16),
+  }
+
+
 @pytest.mark.parametrize(
   "width, count", [(1, 8_659_072), (2, 34_095_232), (3, 76_308_608)]
 )
@@ -588,6 +602,7 @@ def test_bfloat16_gradient_is_near_float32():
     ({"stem": "auto"}, 'model.stem: got "auto"'),
     ({"sk_ratio": 0.0625}, "need bottleneck blocks"),
     ({"num_layers": -1}, "head.num_layers and head.dim: got -1 and 16"),
+    ({"head_width": 0.0}, "head.width: got 0.0, must be above 0"),
     ({"dim": 0}, "head.num_layers and head.dim: got 3 and 0"),
     ({"num_classes": 0}, "num_classes: got 0"),
     ({"num_classes": 5, "head_layer": 4}, "head_layer: got 4, but .* 3 layers"),

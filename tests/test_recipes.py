@@ -104,6 +104,19 @@ def test_distillation_temperature(recipe, temperature):
   assert config.loss.label_weight == 0
 
 
+def test_the_recipe_for_small_batches():
+  """google-research/simclr issue 166: 0.2 √B, 0.2, a head 2x and 64 outputs."""
+  config = cli.load_recipe("cifar10,sqrt", stage="pretrain")
+  peak = optimizers.peak_learning_rate(
+    learning_rate=config.optim.learning_rate,
+    batch_size=256,
+    scaling=config.optim.scaling,
+  )
+  assert peak == pytest.approx(0.2 * 16)
+  assert config.loss.temperature == 0.2
+  assert (config.head.dim, config.head.width) == (64, 2.0)
+
+
 @pytest.mark.parametrize(
   "size, stem",
   [(32, "cifar"), (64, "cifar"), (65, "imagenet"), (96, "imagenet")],
