@@ -127,12 +127,12 @@ def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
       return {k: tuples(v) for k, v in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
-  config = ml_collections.ConfigDict(tuples(tree))
+  config = tuples(tree)
   for name, value in _ADDED.items():
-    section, _, leaf = name.partition(".")
-    if section in config and leaf not in config[section]:
-      config[section][leaf] = value
-  return config.lock()
+    section, leaf = name.split(".")
+    if section in config:
+      config[section].setdefault(leaf, value)
+  return ml_collections.ConfigDict(config).lock()
 
 
 def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
@@ -141,7 +141,7 @@ def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
   Where both are 0 (the folder recipe), `config.num_epochs` is set first.
   Source: google-research/simclr, model_util.get_train_steps.
 
-  >>> config = {"num_steps": 0, "num_epochs": 800.0, "batch_size": 4096}
+  >>> config = dict(num_steps=0, num_epochs=800.0, batch_size=4096)
   >>> num_steps(ml_collections.ConfigDict(config), 1_281_167)
   250228
   """
@@ -178,8 +178,7 @@ def warmup_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
   >>> warmup_steps(ml_collections.ConfigDict(config), 50_000)
   976
   """
-  epochs = config.optim.warmup_epochs
-  return round(epochs * num_examples // config.batch_size)
+  return round(config.optim.warmup_epochs * num_examples // config.batch_size)
 
 
 _POSITIVE = (
@@ -229,8 +228,7 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
     UserError: the first mistake found.
 
   >>> from simclr_jax import cli
-  >>> config = cli.load_recipe("digits", stage="pretrain")
-  >>> check(config, num_devices=3)
+  >>> check(cli.load_recipe("digits", stage="pretrain"), num_devices=3)
   Traceback (most recent call last):
     ...
   simclr_jax.config.UserError: config.batch_size is 256, which 3 devices ...

@@ -17,6 +17,7 @@ from simclr_jax.config import UserError
 from simclr_jax.report import findings, page
 from simclr_jax.report import run as run_lib
 from simclr_jax.sweep import claims as claims_lib
+from simclr_jax.sweep import findings as findings_lib
 from simclr_jax.sweep import page as page_lib
 from simclr_jax.sweep import results
 
@@ -616,9 +617,9 @@ def test_the_page_of_a_sweep_in_chromium(browser, tmp_path, width, scheme):
   ]
   (tmp_path / "label_efficiency.csv").write_text(results.to_csv(rows))
   claims = claims_lib.make_claims("cifar10", ["18x0.5", "18x1"], [1.0, 10.0])
-  found = claims_lib.findings(claims, rows)
+  found = findings_lib.find(claims, rows)
   assert len(found) == 4
-  (tmp_path / "claims.csv").write_text(claims_lib.to_csv(found))
+  (tmp_path / "claims.csv").write_text(findings_lib.to_csv(found))
   (tmp_path / "report.html").write_text(page_lib.render(tmp_path))
   emulate(browser, width, scheme)
   sections = check_page(browser, tmp_path / "report.html", width)

@@ -18,6 +18,7 @@ from simclr_jax import cli
 from simclr_jax import config as config_lib
 from simclr_jax.sweep import claims as claims_lib
 from simclr_jax.sweep import figure as figure_lib
+from simclr_jax.sweep import findings as findings_lib
 from simclr_jax.sweep import grid, results, running
 from simclr_jax.sweep.__main__ import _part, main
 
@@ -336,8 +337,8 @@ def test_verdicts_of_claims(fakes, tmp_path, capsys):
   with (tmp_path / "claims.csv").open() as file:
     rows = list(csv.DictReader(file))
   assert len(rows) == 7 * 2
-  assert claims_lib.to_markdown(
-    claims_lib.to_table(claims_lib.read_csv(tmp_path / "claims.csv"))
+  assert findings_lib.to_markdown(
+    findings_lib.to_table(findings_lib.read_csv(tmp_path / "claims.csv"))
   ) == table.rstrip("\n")
 
 

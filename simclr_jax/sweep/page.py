@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simclr_jax.provenance import provenance
-from simclr_jax.sweep import claims as claims_lib
-from simclr_jax.sweep import figure, results
+from simclr_jax.sweep import figure, findings, results
+from simclr_jax.sweep.claims import Claim
 from simclr_jax.sweep.grid import Cell
 
 
 def write(
   cells: Sequence[Cell],
   workdir: Path,
-  claims: Sequence[claims_lib.Claim] = (),
+  claims: Sequence[Claim] = (),
 ) -> None:
   """Writes what is there so far into `workdir`, and prints its table.
 
@@ -24,10 +24,10 @@ def write(
   if not rows:
     return
   if claims:
-    found = claims_lib.findings(claims, rows)
-    table = claims_lib.to_table(found)
-    _write(workdir, {"claims.csv": claims_lib.to_csv(found)})
-    _write(workdir, {"claims.md": claims_lib.to_markdown(table) + "\n"})
+    found = findings.find(claims, rows)
+    table = findings.to_table(found)
+    _write(workdir, {"claims.csv": findings.to_csv(found)})
+    _write(workdir, {"claims.md": findings.to_markdown(table) + "\n"})
   else:
     table = results.to_table(rows)
     _write(workdir, {"label_efficiency.csv": results.to_csv(rows)})
@@ -76,14 +76,14 @@ def render(workdir: Path) -> str:
         "rows": results.to_table(rows),
       }
     )
-  if found := claims_lib.read_csv(workdir / "claims.csv"):
+  if found := findings.read_csv(workdir / "claims.csv"):
     sections.append(
       {
         "id": "claims",
         "title": "Claims",
         "text": "What SimCLRv2 says, and what was found here. A claim holds "
         "where the gain is above 0 for each seed.",
-        "rows": claims_lib.to_table(found),
+        "rows": findings.to_table(found),
       }
     )
   about = provenance()
