@@ -36,12 +36,9 @@ def parse_arg(
   """Splits "recipe,key=value,flag" into the recipe and its typed options.
 
   Args:
-    arg: what follows the colon in `--config=configs/pretrain.py:arg`. A bare
-      key of a boolean option means true.
-    recipes: the names allowed for the first part; the first one is the default
-      for an empty `arg`.
-    **options: name -> default; a value given is cast to the type of its
-      default.
+    arg: what follows the colon of `--config`; a bare boolean key means true.
+    recipes: allowed for the first part; the first one is the default.
+    **options: name -> default; values are cast to the type of the default.
 
   Returns:
     The recipe's name and a ConfigDict with every option.
@@ -159,8 +156,7 @@ def epochs_for(num_examples: int, *, stage: str) -> float:
 
   Without labels: 10 million images seen, within 100 epochs (the least that is
   published for ImageNet) and 1000 (what is published for CIFAR-10). With
-  labels: the published 60 epochs of few and 30 of many, and 20,000 images seen
-  at least, which are 300 steps at batch 64.
+  labels: the published 60 epochs of few and 30 of many, and 300 steps at least.
 
   >>> epochs_for(50_000, stage="pretrain")
   200.0
