@@ -156,7 +156,7 @@ def epochs_for(num_examples: int, *, stage: str) -> float:
 
   Without labels: 10 million images seen, within 100 epochs (the least that is
   published for ImageNet) and 1000 (what is published for CIFAR-10). With
-  labels: the published 60 epochs of few and 30 of many, and 300 steps at least.
+  labels: the published 60 epochs of few and 30 of many, 20,000 images at least.
 
   >>> epochs_for(50_000, stage="pretrain")
   200.0
