@@ -3,8 +3,7 @@
   python -m simclr_jax.sweep --recipe=digits --workdir=DIR
       [--sizes=18x0.125,18x0.25] [--labels=1,10,100] [--seeds=0,1,2]
       [--methods=scratch,linear,finetune,self_distill,distill] [--task=I/N]
-      [--claims]
-      [--config.FIELD=VALUE] [--pretrain.FIELD=VALUE] ...
+      [--claims] [--config.FIELD=VALUE] [--pretrain.FIELD=VALUE] ...
 
 Every cell of the grid is an ordinary run in a folder of DIR, and its command is
 printed. The same command again continues what was stopped, tries again what
@@ -21,6 +20,6 @@ DIR/label_efficiency.{csv,png,svg} hold the result, DIR/report.html shows it.
 2 and 1 layers, where fine-tuning starts, what is distilled and on which images.
 DIR/claims.{csv,md} have the gains over the seeds; DIR may be that of a grid.
 
-Exit codes: 0 done, 1 some
-cell failed (its folder has error.txt), 2 the user's mistake.
+Exit codes: 0 done, 1 some cell failed (its folder has error.txt), 2 the user's
+mistake.
 """
