@@ -10,7 +10,6 @@ device, and its collectives: number and bytes of their results. Takes minutes.
 """
 
 import argparse
-import functools
 import os
 import pathlib
 import sys
@@ -27,10 +26,8 @@ from jax.experimental import topologies  # noqa: E402
 from test_collectives import collectives  # noqa: E402
 
 from simclr_jax import (  # noqa: E402
-  augment,
   build,
   cli,
-  losses,
   optimizers,
   parallel,
   pretrain,
@@ -57,21 +54,7 @@ def make_step(config):
       **variables,
     )
 
-  step = functools.partial(
-    pretrain.train_step,
-    model=model,
-    optimizer=optimizer,
-    views_fn=functools.partial(
-      augment.two_views, size=size, dtype=jnp.float32, **config.augment
-    ),
-    nt_xent_fn=functools.partial(
-      losses.nt_xent,
-      temperature=config.loss.temperature,
-      block_size=config.loss.block_size or None,
-      axis_name=parallel.AXIS,
-    ),
-    probe=True,
-  )
+  step = pretrain.make_step(config, model, optimizer, probe=True)
   return step, jax.eval_shape(make_state)
 
 
