@@ -42,6 +42,12 @@ def start(config) -> ml_collections.ConfigDict:
   """
   config = ml_collections.ConfigDict(config).lock()
   config_lib.check(config, num_devices=jax.device_count())
+  group = config.model.bn_group_size
+  if group < 0 or (group and jax.device_count() % group):
+    raise UserError(
+      f"config.model.bn_group_size is {group}, which does not divide the "
+      f"{jax.device_count()} devices; 0 is all of them."
+    )
   return config
 
 
@@ -251,6 +257,23 @@ def crop_flip(config):
     dtype=view_dtype(config),
     **config.augment,
   )
+
+
+def check_views(views_fn, config, dataset: data.Dataset) -> None:
+  """Raises UserError where no view can be made with the run's options.
+
+  Before the run has written anything; nothing is computed.
+
+  Args:
+    views_fn: from `two_views` or `crop_flip`.
+    config: resolved.
+    dataset: whose images they are views of.
+  """
+  canvas = config.data.canvas_size
+  images = jax.ShapeDtypeStruct(
+    (2, canvas, canvas, dataset.channels), jnp.uint8
+  )
+  jax.eval_shape(lambda x: views_fn(jax.random.key(0), x), images)
 
 
 def view_dtype(config):

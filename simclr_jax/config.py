@@ -202,6 +202,7 @@ _NOT_NEGATIVE = (
   "labels_per_class",
   "knn.bank_size",
   "loss.label_weight",
+  "loss.block_size",
   "memory.size",
   "memory.momentum",
 )
@@ -272,10 +273,7 @@ def _check_loss(config) -> None:
       f"config.memory.momentum must be below 1, got {config.memory.momentum:g}."
     )
   if size and not config.head.num_layers:
-    raise UserError(
-      "config.memory.size needs a projection head, and config.head.num_layers "
-      "is 0."
-    )
+    raise UserError("config.memory.size needs a projection head; it has none.")
   for name in ("memory.size", "loss.block_size"):
     if config.loss.name == "supcon" and flat(config)[name]:
       raise UserError(

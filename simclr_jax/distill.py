@@ -172,16 +172,17 @@ def train_and_evaluate(config, workdir) -> dict:
   elif config.loss.label_weight:
     train = _hide_labels(train, about["labels_used"])
   num_steps = config_lib.num_steps(config, len(train))
-  rundir.claim(config, workdir)
-  if done := rundir.finished(workdir, num_steps):
-    return done
-
   teacher = build.make_model(
     taught, num_classes=len(label_names), head_layer=taught.head_layer
   )
   model = build.make_model(
     config, num_classes=len(label_names), head_layer=config.head_layer
   )
+  build.check_views(build.crop_flip(config), config, train)
+  rundir.claim(config, workdir)
+  if done := rundir.finished(workdir, num_steps):
+    return done
+
   variables = build.init(config, model, train)
   loaded = None
   if config.pretrained:

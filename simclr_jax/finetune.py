@@ -116,10 +116,6 @@ def train_and_evaluate(config, workdir) -> dict:
     data.label_subset(train.labels, label_names=train.label_names, **used)
   )
   num_steps = config_lib.num_steps(config, len(train))
-  rundir.claim(config, workdir)
-  if done := rundir.finished(workdir, num_steps):
-    return done
-
   linear = config.freeze_after_block == 4
   model = build.make_model(
     config,
@@ -128,6 +124,11 @@ def train_and_evaluate(config, workdir) -> dict:
     freeze_after_block=config.freeze_after_block,
     zero_init_classifier=True,
   )
+  build.check_views(build.crop_flip(config), config, train)
+  rundir.claim(config, workdir)
+  if done := rundir.finished(workdir, num_steps):
+    return done
+
   variables = build.init(config, model, train)
   if loaded is not None:
     variables = checkpoint.merge(

@@ -183,10 +183,6 @@ def train_and_evaluate(config, workdir) -> dict:
   build.refuse_few(config, train)
   _check_labels_and_memory(config, train)
   num_steps = config_lib.num_steps(config, len(train))
-  rundir.claim(config, workdir)
-  if done := rundir.finished(workdir, num_steps):
-    return done
-
   probe = config.probe and train.num_classes > 0
   model = build.make_model(
     config,
@@ -194,6 +190,11 @@ def train_and_evaluate(config, workdir) -> dict:
     head_layer=0,
     probe=True,
   )
+  build.check_views(build.two_views(config), config, train)
+  rundir.claim(config, workdir)
+  if done := rundir.finished(workdir, num_steps):
+    return done
+
   variables = build.init(config, model, train)
   if loaded is not None:
     variables = checkpoint.merge(

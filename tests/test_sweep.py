@@ -307,6 +307,10 @@ def test_a_claim_differs_in_one_thing(tmp_path):
     "num_epochs",
     "optim.warmup_epochs",
   }
+  # Heads are compared with few labels alone.
+  all_labels = CLAIMS | {"percents": [100.0], "seeds": [0]}
+  names = [cell.name for cell in claims_lib.make_claim_cells(**all_labels)]
+  assert not any("head" in name for name in names)
   first = "self-distilling the teacher first is better"
   assert different[first, 1.0] == {"teacher"}
   assert configs["distill_labelled_34x0.25_1_seed0"]["num_epochs"] == 1500
@@ -362,6 +366,7 @@ def test_the_page_shows_grid_and_claims(fakes, tmp_path):
   "flags, message",
   [
     (["--claims", "--methods=linear"], "--methods does not go with --claims"),
+    (["--labels=0"], "--labels: above 0 and at most 100, got 0."),
     (["--claims", "--sizes=18x1"], "claims compare two sizes"),
     (["--methods=scrach"], 'did you mean "scratch"?'),
     (["--sizes=18"], 'depth x width, such as 18x0.25'),

@@ -76,6 +76,8 @@ def _plan(args, fields) -> tuple[list[Cell], list[Claim]]:
     "seeds": _numbers("seeds", args.seeds, int),
     "fields": fields,
   }
+  if not all(0 < percent <= 100 for percent in grid["percents"]):
+    raise UserError(f"--labels: above 0 and at most 100, got {args.labels}.")
   if args.claims:
     if args.methods:
       raise UserError("--methods does not go with --claims.")

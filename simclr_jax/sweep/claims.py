@@ -90,7 +90,7 @@ def _variants(recipe, size, small, percents, seed) -> Iterator[Cell]:
     )
 
   few = [p for p in percents if p < 100]
-  for depth in (2, 1):
+  for depth in (2, 1) if few else ():
     encoder = f"pretrain_head{depth}"
     yield cell(
       encoder,
