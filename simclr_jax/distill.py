@@ -138,6 +138,11 @@ def train_and_evaluate(config, workdir) -> dict:
   'distill'
   """
   config = build.start(config)
+  if config.loss.label_weight > 1:
+    raise UserError(
+      f"config.loss.label_weight is {config.loss.label_weight:g}; it must be "
+      "at most 1, which is labels alone."
+    )
   if not config.teacher:
     raise UserError(
       "config.teacher is empty; give the directory of a fine-tuned run: "
@@ -178,15 +183,16 @@ def train_and_evaluate(config, workdir) -> dict:
   model = build.make_model(
     config, num_classes=len(label_names), head_layer=config.head_layer
   )
+  loaded = None
+  if config.pretrained:
+    _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   build.check_views(build.crop_flip(config), config, train)
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
     return done
 
   variables = build.init(config, model, train)
-  loaded = None
-  if config.pretrained:
-    _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
+  if loaded is not None:
     variables = checkpoint.merge(
       variables, loaded, new=("classifier",), where=config.pretrained
     )

@@ -219,6 +219,18 @@ def test_a_complete_run_is_not_repeated(runs, capsys):
     ),
     (distill, "digits", {}, "config.teacher is empty"),
     (
+      distill,
+      "digits",
+      {"teacher": "{}/finetune", "pretrained": "{}/none"},
+      "config.pretrained: there is no directory",
+    ),
+    (
+      distill,
+      "digits",
+      {"teacher": "{}/finetune", "loss.label_weight": 2.0},
+      "config.loss.label_weight is 2; it must be at most 1",
+    ),
+    (
       pretrain,
       "digits",
       {"batch_size": 2000},
