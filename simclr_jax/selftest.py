@@ -8,6 +8,7 @@ order of gathering, NT-Xent's gradient, BatchNorm's moments, views and slices of
 data, each over all devices and against NumPy.
 """
 
+import argparse
 import sys
 import time
 
@@ -251,6 +252,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+  argparse.ArgumentParser(
+    prog="python -m simclr_jax.selftest",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  ).parse_args()  # --help, and no other flag
   cli.setup()
   with parallel.together():
     code = main()
