@@ -257,6 +257,8 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
       f"config.batch_size is {config.batch_size}, which {num_devices} devices "
       f"do not divide; take {divisible}, for example."
     )
+  if config.profile_steps[0] > config.profile_steps[1]:
+    raise UserError(f"config.profile_steps ends early: {config.profile_steps}.")
   if config.stage == "pretrain":
     _check_loss(config)
 

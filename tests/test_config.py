@@ -111,6 +111,8 @@ def test_warmup_steps_are_the_official_count():
     ("model.dtype", "float16", "config.model.dtype must be one of auto, "),
     ("loss.temperature", 0.0, "config.loss.temperature must be above 0"),
     ("num_epochs", 0.0, "config.num_epochs or config.num_steps"),
+    ("loss.block_size", -3, "config.loss.block_size must not be negative"),
+    ("profile_steps", (5, 2), "config.profile_steps ends early: (5, 2)."),
   ],
 )
 def test_wrong_values_are_named(field, value, message):
