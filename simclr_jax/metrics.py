@@ -10,6 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def num_pairs(batch_size: int, memory_size: int = 0) -> int:
+  """The batch whose negatives are as many as those of a batch and a memory.
+
+  >>> num_pairs(256, memory_size=512)
+  512
+  """
+  return batch_size + memory_size // 2
+
+
 def uniform_loss(num_pairs: int) -> float:
   """NT-Xent of embeddings that say nothing: 2 ln(2N - 1).
 

@@ -216,8 +216,7 @@ def train_and_evaluate(config, workdir) -> dict:
       dim=config.head.dim,
       dtype=build.view_dtype(config),
     )
-  # The memory's negatives count like those of a larger batch.
-  pairs = config.batch_size + config.memory.size // 2
+  pairs = metrics_lib.num_pairs(config.batch_size, config.memory.size)
   state, metrics = loop.run(
     state,
     step_fn,

@@ -397,6 +397,23 @@ def test_a_recipe_of_ones_own(workdir):
   assert "All fields" in section(read_page(workdir), "config")
 
 
+def test_the_memory_counts_in_the_uniform_loss(workdir):
+  """As in the line that the run prints: 2 ln(2 (64 + 256 / 2) - 1)."""
+  file = workdir / "config.json"
+  config = json.loads(file.read_text())
+  config["batch_size"], config["memory"]["size"] = 64, 256
+  file.write_text(json.dumps(config))
+  anchors = page._anchors(run_lib.read(workdir))
+  assert anchors["Loss"][0] == pytest.approx(2 * np.log(2 * 192 - 1))
+  assert anchors["Contrastive accuracy"][0] == 1 / 64
+
+
+def test_a_config_without_a_stage_is_damaged(workdir):
+  (workdir / "config.json").write_text('{"seed": 0}')
+  with pytest.raises(UserError, match=r"config.json is damaged: it names no"):
+    run_lib.read(workdir)
+
+
 def test_a_config_of_another_version(workdir):
   (workdir / "config.json").write_text('{"stage": "other"}')
   (workdir / "result.json").write_text("{}")

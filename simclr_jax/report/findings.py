@@ -12,10 +12,10 @@ from simclr_jax.report.run import Missing, Run
 def notes(run: Run) -> list[tuple[int, str]]:
   """(step, text) of what the run said about its numbers while it trained."""
   options = {}
-  if "contrastive_accuracy" in run.metrics:
+  if run.stage == "pretrain":
     options = {
-      "num_pairs": run.config.get("batch_size", 0),
-      "temperature": run.config.get("loss.temperature", 1.0),
+      "num_pairs": run.num_pairs,
+      "temperature": run.config["loss.temperature"],
     }
     if "learning_rate" in run.metrics:  # highest where the warm-up ends
       steps, rates = run.metrics["learning_rate"]

@@ -118,10 +118,9 @@ def _anchors(run: Run) -> dict[str, tuple[float, str]]:
   if (num_classes := len(run.label_names)) > 1:
     anchors["Loss"] = math.log(num_classes), "uniform"
     anchors["Accuracy of the batch"] = 1 / num_classes, "chance"
-  pairs = run.config.get("batch_size")
-  if pairs and "contrastive_accuracy" in run.metrics:
-    anchors["Loss"] = metrics_lib.uniform_loss(pairs), "uniform"
-    anchors["Contrastive accuracy"] = 1 / pairs, "chance"
+  if run.stage == "pretrain":
+    anchors["Loss"] = metrics_lib.uniform_loss(run.num_pairs), "uniform"
+    anchors["Contrastive accuracy"] = 1 / run.config["batch_size"], "chance"
   return {
     title: (value, f"{word} {value:.4g}")
     for title, (value, word) in anchors.items()
@@ -213,7 +212,7 @@ def _classifier(run: Run) -> dict:
     ),
     "mistakes": findings.mistakes(run),
     "all_classes": len(shown) == len(names),
-    "probe": run.config.get("probe", False),
+    "probe": run.stage == "pretrain" and run.config["probe"],
     "count": int(totals.sum()),
   }
 

@@ -12,9 +12,18 @@ from etils import epath
 
 from simclr_jax import cli, rundir
 from simclr_jax import config as config_lib
+from simclr_jax import metrics as metrics_lib
 from simclr_jax.config import UserError
 
 SAMPLES = "report.npz"
+
+
+# stage -> the field that names the run it started from
+_SOURCES = {
+  "pretrain": "pretrained",
+  "finetune": "pretrained",
+  "distill": "teacher",
+}
 
 
 class Missing(Exception):
@@ -47,6 +56,20 @@ class Run:
   def name(self) -> str:
     """The last part of the directory."""
     return self.workdir.name
+
+  @property
+  def stage(self) -> str:
+    """Which tells what fields `config` has."""
+    return self.config["stage"]
+
+  @property
+  def num_pairs(self) -> int:
+    """Of the contrastive loss; 0 in other stages."""
+    if self.stage != "pretrain":
+      return 0
+    return metrics_lib.num_pairs(
+      self.config["batch_size"], self.config["memory.size"]
+    )
 
   @functools.cached_property
   def metrics(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -96,6 +119,8 @@ def read(workdir) -> Run:
     config = config_lib.flat(json.loads(file.read_text()))
   except (ValueError, AttributeError) as error:
     raise UserError(f"--workdir: {file} is damaged: {error}.") from None
+  if "stage" not in config:
+    raise UserError(f"--workdir: {file} is damaged: it names no stage.")
   missing: dict[str, str] = {}
 
   def content(name, parse, empty):
@@ -153,7 +178,7 @@ def chain(run: Run) -> tuple[list[Run], str]:
   ['pretrained', 'finetuned']
   """
   runs, note = [run], ""
-  while source := run.config.get("teacher") or run.config.get("pretrained"):
+  while run.stage in _SOURCES and (source := run.config[_SOURCES[run.stage]]):
     # Beside this one, where all of them were moved together.
     places = (epath.Path(source), run.workdir.parent / epath.Path(source).name)
     found = [p for p in places if (p / "config.json").exists()]
