@@ -161,12 +161,23 @@ def make_model(config, *, num_classes: int | None, **options):
   )
 
 
-def init(config, model, train: data.Dataset) -> dict:
-  """Random variables {"params", "batch_stats"} as numpy."""
+def init(
+  config, model, train: data.Dataset, loaded: dict | None = None
+) -> dict:
+  """What training starts from, {"params", "batch_stats"} as numpy.
+
+  Random, or those of `loaded`, which came from `config.pretrained`; the
+  classifier is random always.
+  """
   size, channels = config.data.image_size, train.channels
   shape = (1, size, size, channels)
   images = jax.ShapeDtypeStruct(shape, jnp.dtype(config.model.dtype))
-  return models.init(model, jax.random.key(config.seed), images)
+  variables = models.init(model, jax.random.key(config.seed), images)
+  if loaded is None:
+    return variables
+  return checkpoint.merge(
+    variables, loaded, new=("classifier",), where=config.pretrained
+  )
 
 
 def init_state(variables: dict, optimizer) -> TrainState:

@@ -191,11 +191,7 @@ def train_and_evaluate(config, workdir) -> dict:
   if done := rundir.finished(workdir, num_steps):
     return done
 
-  variables = build.init(config, model, train)
-  if loaded is not None:
-    variables = checkpoint.merge(
-      variables, loaded, new=("classifier",), where=config.pretrained
-    )
+  variables = build.init(config, model, train, loaded)
   schedule = build.make_schedule(config, len(train), num_steps)
   overview.show(config, variables["params"], loaded=loaded and loaded["params"])
   optimizer = optimizers.make_optimizer(

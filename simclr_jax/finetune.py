@@ -11,7 +11,6 @@ import numpy as np
 
 from simclr_jax import (
   build,
-  checkpoint,
   cli,
   data,
   loop,
@@ -129,11 +128,7 @@ def train_and_evaluate(config, workdir) -> dict:
   if done := rundir.finished(workdir, num_steps):
     return done
 
-  variables = build.init(config, model, train)
-  if loaded is not None:
-    variables = checkpoint.merge(
-      variables, loaded, new=("classifier",), where=config.pretrained
-    )
+  variables = build.init(config, model, train, loaded)
   trainable = models.trainable(
     variables["params"],
     freeze_after_block=config.freeze_after_block,
