@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; the environment is set before JAX starts."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -17,6 +18,27 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def mappings():
+  """(memory mappings of this process, how many Linux allows it) or (0, 1)."""
+  try:
+    limit = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n"), limit
+  except OSError:  # not Linux
+    return 0, 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_compiled_functions():
+  """XLA maps every function that it compiles for the CPU several times, and
+  aborts the process where Linux allows no more: all tests together get there.
+  """
+  yield
+  used, limit = mappings()
+  if used > limit / 2:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
