@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import rounds
 
-from simclr_jax import augment
+from simclr_jax import augment, cli
 
 # name: images, canvas, size, strength, blur, images lightly makes a round,
 # at least that many times lightly and dm-pix
@@ -104,6 +104,7 @@ def make_forms(count, canvas, size, strength, blur):
 
 
 def main():
+  cli.setup()
   parser = rounds.parser(__doc__)
   parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
   args = parser.parse_args()

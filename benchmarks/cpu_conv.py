@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from simclr_jax import losses, models
+from simclr_jax import cli, losses, models
 
 # name: images a step (two views), width, side, channels
 CASES = {
@@ -81,6 +81,7 @@ def main():
   parser.add_argument("--variants", default=",".join(VARIANTS))
   parser.add_argument("--output", default="")
   args = parser.parse_args()
+  cli.setup()
   rows = {}
   for variant in args.variants.split(","):
     compiled, state, images, seconds = compile_step(args.case, variant)

@@ -153,11 +153,15 @@ def batch_of(config, *, channels: int = 3) -> dict:
 
 
 def alternate(forms: dict, rounds: int) -> dict:
-  """{name: seconds of each round}; every form runs once before."""
+  """{name: seconds of each round}; every form runs once before.
+
+  Each round begins with another form: what runs after a peer's round is slower.
+  """
   seconds = {name: [] for name in forms}
+  names = list(forms)
   for i in range(rounds + 1):
-    for name, form in forms.items():
-      taken = form()
+    for name in names[i % len(names) :] + names[: i % len(names)]:
+      taken = forms[name]()
       if i:
         seconds[name].append(taken)
   return seconds

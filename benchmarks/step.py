@@ -53,6 +53,7 @@ def ready_views(config):
 
 
 def main():
+  cli.setup()
   parser = rounds.parser(__doc__)
   on_cpu = jax.default_backend() == "cpu"
   default = ["cpu"] if on_cpu else ["resnet50", "resnet18"]

@@ -75,6 +75,7 @@ def open_images(case, config, folder, args):
 
 
 def main():
+  cli.setup()
   parser = rounds.parser(__doc__)
   default = ["cifar10"]
   if jax.default_backend() != "cpu":

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from simclr_jax import config as config_lib
-from simclr_jax import parallel
+from simclr_jax import cpu_backend, parallel
 from simclr_jax.config import Diverged, UserError
 
 _USAGE = """usage: python -m simclr_jax.{stage} --config=RECIPE --workdir=DIR
@@ -63,9 +63,15 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
 def setup() -> None:
   """Joins the other hosts, keeps compiled programs, looks at the devices.
 
+  To be called before anything runs on a device.
+
   >>> setup()
   """
+  cpu_backend.set_flags()
+  cpu_backend.keep_freed_memory()
   parallel.initialize()
+  if jax.default_backend() != "cpu":
+    cpu_backend.keep_freed_memory(False)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path.home() / ".cache" / "simclr_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))

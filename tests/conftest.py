@@ -17,6 +17,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from simclr_jax import cpu_backend  # noqa: E402
+
+cpu_backend.set_flags()
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

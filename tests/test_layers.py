@@ -27,6 +27,7 @@ LAYERS = (
     {
       "augment",
       "checkpoint",
+      "cpu_backend",
       "cpu_conv",
       "feature_file",
       "logs",

@@ -1,0 +1,67 @@
+"""XLA's flag for CPUs, and memory that malloc keeps; each in a new process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from simclr_jax import cpu_backend
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+@pytest.mark.parametrize(
+  "flags, version, want",
+  [
+    (None, (0, 12, 0), [f"{FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"]),
+    (f"{FLAG}=", (0, 12, 0), [f"{FLAG}="]),  # the user's wins
+    ("--xla_a=1", (0, 13, 0), ["--xla_a=1"]),  # would end the process
+    (None, (1, 0, 0), None),
+  ],
+)
+def test_the_flag(flags, version, want):
+  environ = {} if flags is None else {"XLA_FLAGS": flags}
+  cpu_backend.set_flags(environ, version=version)
+  got = environ.get("XLA_FLAGS")
+  assert (None if got is None else got.split()) == want
+
+
+CHILD = """
+import json, resource, sys
+from simclr_jax import cli, cpu_backend
+if sys.argv[1] == "setup":
+  cli.setup()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def fn(x):
+  return x + 1  # 64 MiB, which XLA allocates
+
+faults = []
+x = jnp.ones((2**14, 2**10))
+for _ in range(15):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  fn(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(faults))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_step_asks_for_no_new_memory():
+  faults = {}
+  env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  for name in ("setup", "nothing"):
+    done = subprocess.run(
+      [sys.executable, "-c", CHILD, name],
+      env=env,
+      stdout=subprocess.PIPE,
+      text=True,
+      check=True,
+    )
+    faults[name] = json.loads(done.stdout)[-1]
+  # 64 MiB are 16,384 pages of 4 KiB.
+  assert faults["nothing"] > 10_000
+  assert faults["setup"] < 1_000
