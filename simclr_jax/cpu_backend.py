@@ -54,6 +54,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
   # <malloc.h>: M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD
   options = {-8: 1, -4: 0, -1: 2**31 - 1}
   if not keep:
-    options = {-8: 0, -4: 2**16, -1: 2**17}  # what glibc begins with
+    # With M_MMAP_THRESHOLD, which glibc no longer raises by itself once any of
+    # these was set: to where it would come with large images.
+    options = {-8: 0, -4: 2**16, -3: 2**25, -1: 2**26}
   taken = [mallopt(name, value) for name, value in options.items()]
   return all(taken)

@@ -31,8 +31,10 @@ def test_the_flag(flags, version, want):
 CHILD = """
 import json, resource, sys
 from simclr_jax import cli, cpu_backend
-if sys.argv[1] == "setup":
+if sys.argv[1] != "nothing":
   cli.setup()
+if sys.argv[1] == "taken back":
+  assert cpu_backend.keep_freed_memory(False)
 import jax, jax.numpy as jnp
 
 @jax.jit
@@ -53,7 +55,7 @@ print(json.dumps(faults))
 def test_a_step_asks_for_no_new_memory():
   faults = {}
   env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  for name in ("setup", "nothing"):
+  for name in ("setup", "nothing", "taken back"):
     done = subprocess.run(
       [sys.executable, "-c", CHILD, name],
       env=env,
@@ -64,4 +66,5 @@ def test_a_step_asks_for_no_new_memory():
     faults[name] = json.loads(done.stdout)[-1]
   # 64 MiB are 16,384 pages of 4 KiB.
   assert faults["nothing"] > 10_000
+  assert faults["taken back"] > 10_000
   assert faults["setup"] < 1_000
