@@ -77,6 +77,7 @@ accelerator_extra() {
 # has and for which requirements, so that a second start needs no network.
 install() {
   local venv="$1" stamp="$1/simclr_jax.stamp" sum extra extras="" lacks="" rc=0
+  local begin=$SECONDS
   shift
   sum="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
   sum="$root ${sum// /-}"
@@ -103,7 +104,7 @@ install() {
   for extra in package ${extras//,/ }; do
     echo "$sum $extra" >>"$stamp"
   done
-  echo "installed in $SECONDS s"
+  echo "installed in $((SECONDS - begin)) s"
 }
 
 # setup EXTRA...: the environment of this checkout; sets $python to its own.
