@@ -67,11 +67,10 @@ def setup() -> None:
 
   >>> setup()
   """
-  cpu_backend.set_flags()
-  cpu_backend.keep_freed_memory()
+  if cpu_backend.is_expected():
+    cpu_backend.set_flags()
+    cpu_backend.keep_freed_memory()
   parallel.initialize()
-  if jax.default_backend() != "cpu":
-    cpu_backend.keep_freed_memory(False)
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path.home() / ".cache" / "simclr_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -1,9 +1,8 @@
-"""How XLA's CPU backend is set up: the faster convolutions, and its memory.
-
-Nothing of it changes anything on accelerators.
-"""
+"""How XLA's CPU backend is set up: the faster convolutions, and its memory."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import os
 
 import jax
@@ -14,6 +13,27 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 # XLA ends the process at a flag that it does not know: not in unseen releases.
 _BEFORE = (0, 13)
+
+
+def is_expected(environ=os.environ) -> bool:
+  """Whether JAX will run on the CPU, as far as can be told before it starts.
+
+  It will where JAX_PLATFORMS says so, or where no plugin for an accelerator is
+  installed.
+
+  >>> (
+  ...   is_expected({"JAX_PLATFORMS": "cpu"}),
+  ...   is_expected({"JAX_PLATFORMS": "tpu"}),
+  ... )
+  (True, False)
+  """
+  if platforms := environ.get("JAX_PLATFORMS"):
+    return platforms == "cpu"
+  names = ("libtpu", "jax_plugins")
+  return not (
+    any(importlib.util.find_spec(name) for name in names)
+    or importlib.metadata.entry_points(group="jax_plugins")
+  )
 
 
 def set_flags(environ=os.environ, *, version=jax.__version_info__) -> None:
@@ -32,8 +52,8 @@ def set_flags(environ=os.environ, *, version=jax.__version_info__) -> None:
     environ["XLA_FLAGS"] = f"{flags} {_FLAG}={_VALUE}".strip()
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
-  """Makes malloc keep what is freed; `False` takes that back.
+def keep_freed_memory() -> bool:
+  """Makes malloc keep what is freed, until the process ends.
 
   XLA's CPU backend allocates a step's buffers with malloc, and glibc asks the
   system for large ones each time anew: a ResNet-18's step at batch 64 touched
@@ -53,9 +73,5 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return False
   # <malloc.h>: M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD
   options = {-8: 1, -4: 0, -1: 2**31 - 1}
-  if not keep:
-    # With M_MMAP_THRESHOLD, which glibc no longer raises by itself once any of
-    # these was set: to where it would come with large images.
-    options = {-8: 0, -4: 2**16, -3: 2**25, -1: 2**26}
   taken = [mallopt(name, value) for name, value in options.items()]
   return all(taken)
