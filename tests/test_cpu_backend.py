@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -69,7 +70,7 @@ def fn(x):
 
 faults = []
 x = jnp.ones((2**14, 2**10))
-for _ in range(15):
+for _ in range(60):  # the first ones fill the heap
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   fn(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -89,7 +90,7 @@ def test_a_step_asks_for_no_new_memory():
       text=True,
       check=True,
     )
-    faults[name] = json.loads(done.stdout)[-1]
+    faults[name] = statistics.median(json.loads(done.stdout)[-30:])
   # 64 MiB are 16,384 pages of 4 KiB.
   assert faults["nothing"] > 10_000
   assert faults["setup"] < 1_000
