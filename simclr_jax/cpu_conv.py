@@ -1,9 +1,10 @@
-"""A 2-D convolution for XLA's CPU backend, by matrix products where they win.
+"""A 2-D convolution for XLA's CPU backend, with gradients of its own.
 
-XLA is slow at maps no larger than the kernel, at 1x1 kernels with strides and
-at input gradients with strides on small maps; these are matrix products here,
-and all else is left to it (`benchmarks/cpu_conv.py`). Accelerators never see
-this file. The choice depends on static shapes only.
+XLA is slow at maps no larger than the kernel, at 1x1 kernels and at input
+gradients with strides on small maps; these are matrix products here. It is slow
+at filter gradients where it transposes images while it computes them; they are
+computed first here (`benchmarks/cpu_conv.py`). Accelerators never see this
+file. The choice depends on static shapes only.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def conv_general_dilated(
@@ -31,7 +33,7 @@ def conv_general_dilated(
 
   Covers NHWC images [n, h, w, c] with HWIO kernels [kh, kw, c, o] in float32 or
   float64, one group, no dilation, any strides and padding; all else is passed
-  on to lax. Small maps with strides have reverse-mode gradients only.
+  on to lax. Kernels larger than 1x1 have reverse-mode gradients only.
 
   >>> x, w = jnp.ones((2, 2, 2, 3)), jnp.ones((3, 3, 3, 4))
   >>> numbers = ("NHWC", "HWIO", "NHWC")
@@ -82,16 +84,16 @@ def conv_general_dilated(
   if min(*lhs.shape, *rhs.shape, *out) < 1:
     return fallback()
   if kernel == (1, 1) and pads == ((0, 0), (0, 0)):
-    return lhs[:, :: strides[0], :: strides[1]] @ rhs[0, 0]
+    # As a product of two matrices: XLA transposes images for the others.
+    pixels = lhs[:, :: strides[0], :: strides[1]].reshape(-1, rhs.shape[2])
+    return (pixels @ rhs[0, 0]).reshape(len(lhs), *out, -1)
   area = size[0] * size[1]
   taps = kernel[0] * kernel[1]
   # On a map no larger than the kernel most taps fall on padding; a full matrix
   # from pixels to pixels skips them, where it is smaller than the patches.
   if area <= taps and area * rhs.shape[3] <= taps * lhs.shape[0]:
     return _as_one_matrix(lhs, rhs, strides, pads, out)
-  if strides != (1, 1) and min(out) < max(kernel):
-    return _with_strides(lhs, rhs, strides, pads)
-  return fallback()
+  return _conv(lhs, rhs, strides, pads)
 
 
 def _as_one_matrix(x, w, strides, pads, out):
@@ -106,35 +108,68 @@ def _as_one_matrix(x, w, strides, pads, out):
   return y.reshape(len(x), *out, -1)
 
 
-def _lax(x, w, strides, pads):
+def _lax(x, w, strides, pads, **kwargs):
   return lax.conv_general_dilated(
-    x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), **kwargs
   )
 
 
-_with_strides = jax.custom_vjp(_lax, nondiff_argnums=(2, 3))
+_conv = jax.custom_vjp(_lax, nondiff_argnums=(2, 3))
 
 
-def _with_strides_bwd(strides, pads, residuals, dy):
-  """The input gradient as one product, whose taps are spread and added."""
+def _conv_bwd(strides, pads, residuals, dy):
   x, w = residuals
+  if strides != (1, 1) and min(dy.shape[1:3]) < max(w.shape[:2]):
+    dx = _strided_input_gradient(dy, w, x.shape, strides, pads)
+  else:
+    (dx,) = jax.vjp(lambda x: _lax(x, w, strides, pads), x)[1](dy)
+  return dx, _filter_gradient(x, dy, w.shape, strides, pads)
+
+
+_conv.defvjp(
+  lambda x, w, strides, pads: (_lax(x, w, strides, pads), (x, w)), _conv_bwd
+)
+
+
+def _strided_input_gradient(dy, w, shape, strides, pads):
+  """As one product, whose taps are spread and added."""
   taps = (dy @ w.reshape(-1, w.shape[3]).T).reshape(
-    *dy.shape[:3], -1, x.shape[3]
+    *dy.shape[:3], -1, w.shape[2]
   )
   zero, spread = jnp.zeros((), dy.dtype), []
   for index, tap in enumerate(np.ndindex(*w.shape[:2])):
     around = [(0, 0, 0)]
     for t, p, n, o, s in zip(
-      tap, pads, x.shape[1:3], dy.shape[1:3], strides, strict=True
+      tap, pads, shape[1:3], dy.shape[1:3], strides, strict=True
     ):
       first = t - p[0]  # the pixel that the first output's tap falls on
       around.append((first, n - first - (o - 1) * s - 1, s - 1))
     spread.append(lax.pad(taps[:, :, :, index], zero, [*around, (0, 0, 0)]))
-  _, vjp = jax.vjp(lambda w: _lax(x, w, strides, pads), w)
-  return functools.reduce(operator.add, spread), *vjp(dy)
+  return functools.reduce(operator.add, spread)
 
 
-_with_strides.defvjp(
-  lambda x, w, strides, pads: (_lax(x, w, strides, pads), (x, w)),
-  _with_strides_bwd,
-)
+def _filter_gradient(x, dy, shape, strides, pads):
+  """XLA's own convolution, of operands that are in memory before transposing.
+
+  It sums over the images, so it wants them as channels. XLA's transposing of
+  what is still to be computed (a normalisation, say) takes up to ten times as
+  long as computing it and transposing the result. A call that is not inlined
+  keeps the two apart; an optimization barrier does not on CPUs, it goes before
+  operations are fused.
+  """
+  with set_xla_metadata(inlineable="false"):
+    x = _transpose(x, (3, 1, 2, 0))  # [c, h, w, n]
+    kernel = _transpose(dy, (1, 2, 0, 3))  # [oh, ow, n, o]
+  around = [
+    (p[0], k + (o - 1) * s - n - p[0])
+    for p, k, o, s, n in zip(
+      pads, shape[:2], dy.shape[1:3], strides, x.shape[1:3], strict=True
+    )
+  ]
+  dw = _lax(x, kernel, (1, 1), around, rhs_dilation=strides)
+  return dw.transpose(1, 2, 0, 3)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _transpose(x, axes):
+  return x.transpose(axes)

@@ -102,7 +102,7 @@ def test_passes_the_rest_on_to_lax(case, monkeypatch):
     raise AssertionError("not a case of its own")
 
   monkeypatch.setattr(cpu_conv, "_as_one_matrix", refuse)
-  monkeypatch.setattr(cpu_conv, "_with_strides", refuse)
+  monkeypatch.setattr(cpu_conv, "_conv", refuse)
   got = cpu_conv.conv_general_dilated(x, w, (1, 1), pads, **case)
   assert got.dtype == want.dtype
   np.testing.assert_array_equal(got, want)
