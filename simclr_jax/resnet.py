@@ -320,6 +320,7 @@ class ResNet(nn.Module):
     block = BottleneckBlock if is_bottleneck else BasicBlock
     if self.remat:
       block = nn.remat(block)
+    block = nn.jit(block)  # equal blocks are traced and lowered once
     filters = round(64 * self.width)
     outputs = {}
     outputs["initial_conv"], x = Stem(

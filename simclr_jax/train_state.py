@@ -38,8 +38,13 @@ class TrainState(flax.struct.PyTreeNode):
     return state, {f"{k}_norms": _norms(tree) for k, tree in trees.items()}
 
 
+@jax.jit  # traced once a shape; a network has hundreds of tensors
+def _norm(x) -> jax.Array:
+  return jnp.sqrt(jnp.sum(x * x))
+
+
 def _norms(tree) -> jax.Array:
-  return jnp.stack([jnp.linalg.norm(x.ravel()) for x in jax.tree.leaves(tree)])
+  return jnp.stack([_norm(x) for x in jax.tree.leaves(tree)])
 
 
 def tensor_names(params: Any) -> list[str]:
