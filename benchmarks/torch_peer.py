@@ -225,26 +225,22 @@ class Images(torch.utils.data.Dataset):
 def train(o):
   """Images through workers and transform into the step."""
   run = make_step(o)
+  images = Images(o)
   loader = torch.utils.data.DataLoader(
-    Images(o),
+    images,
     batch_size=o["batch"],
-    shuffle=True,
-    drop_last=True,
+    sampler=torch.utils.data.RandomSampler(
+      images, num_samples=o["steps"] * o["batch"]
+    ),
     num_workers=o["workers"],
     persistent_workers=True,
     prefetch_factor=4,
     pin_memory=DEVICE.type == "cuda",
   )
 
-  def endless():
-    while True:
-      yield from loader
-
-  batches = endless()
-
   def one_round():
-    for _ in range(o["steps"]):
-      x = torch.cat(next(batches)).to(DEVICE, non_blocking=True)
+    for pair in loader:  # the workers make one round's and wait
+      x = torch.cat(pair).to(DEVICE, non_blocking=True)
       run(x.to(memory_format=torch.channels_last))
     _wait()
 

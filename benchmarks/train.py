@@ -6,7 +6,8 @@
 Ours is what a run does: batches gathered on the host, two of them prefetched,
 views made in the step, metrics read one step late. Theirs is lightly's
 transform in the workers of a DataLoader (2 for small images, one a core for
-JPEGs) and the same network, lightly's loss and SGD.
+JPEGs) and the same network, lightly's loss and SGD. Neither reads ahead of its
+round, which would take from the other's.
 
 cifar10: a narrow ResNet-18, where input matters, on CIFAR-10's records (of TFDS
 in --data_dir; without it on random images of the same size). jpegs: ResNet-50
@@ -14,6 +15,7 @@ at 224 pixels on synthetic 500x375 JPEGs (some 100 kB each), streamed; for GPUs.
 """
 
 import collections
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -27,27 +29,29 @@ from simclr_jax import cli, data, parallel, sources
 
 # name: recipe, depth, width, side, batch, steps a round, at least
 CASES = {
-  "cifar10": ("cifar10", 18, 0.25, 32, 128, 6, 2),
-  "jpegs": ("imagenet", 50, 1.0, 224, 256, 4, 3),
+  "cifar10": ("cifar10", 18, 0.25, 32, 128, 24, 2),
+  "jpegs": ("imagenet", 50, 1.0, 224, 256, 16, 3),
 }
 
 
 def make_form(config, dataset, steps):
   step, state, key = rounds.pretraining(config)
-  batches = parallel.prefetch(
-    data.train_batches(
-      dataset,
-      seed=0,
-      batch_size=config.batch_size,
-      start_step=0,
-      num_steps=100_000,
-    )
-  )
-  holder, unread = [state], collections.deque()
+  holder, count = [state], itertools.count()
 
   def one_round():
-    for _ in range(steps):
-      holder[0], metrics = step(holder[0], next(batches), key)
+    first = next(count) * steps
+    batches = parallel.prefetch(
+      data.train_batches(
+        dataset,
+        seed=0,
+        batch_size=config.batch_size,
+        start_step=first,
+        num_steps=first + steps,
+      )
+    )
+    unread = collections.deque()
+    for batch in batches:
+      holder[0], metrics = step(holder[0], batch, key)
       unread.append(metrics["loss"])
       if len(unread) > 1:
         parallel.unreplicate(unread.popleft())

@@ -113,3 +113,18 @@ def test_help_names_the_recipes_file(capsys):
     parse("--help")
   assert stop.value.code == 0
   assert "configs/pretrain.py" in capsys.readouterr().out
+
+
+def test_setup_keeps_short_compilations_too(monkeypatch):
+  name = "jax_persistent_cache_min_compile_time_secs"
+  monkeypatch.setattr(cli.cpu_backend, "is_expected", lambda: False)
+  monkeypatch.setattr(cli.parallel, "initialize", lambda: None)
+  monkeypatch.delenv(name.upper(), raising=False)
+  found = {}
+  monkeypatch.setattr(cli.jax.config, "update", found.__setitem__)
+  cli.setup()
+  assert found[name] == 0.1
+  found.clear()
+  monkeypatch.setenv(name.upper(), "2")  # JAX reads it when it is imported
+  cli.setup()
+  assert name not in found

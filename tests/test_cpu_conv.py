@@ -108,6 +108,24 @@ def test_passes_the_rest_on_to_lax(case, monkeypatch):
   np.testing.assert_array_equal(got, want)
 
 
+def test_what_is_transposed_is_in_memory():
+  """XLA otherwise computes the cosine and the tanh while it transposes."""
+
+  def loss(w, x):
+    y = cpu_conv.conv_general_dilated(
+      jnp.tanh(x), w, (1, 1), "SAME", dimension_numbers=NHWC
+    )
+    return jnp.sin(y).sum()
+
+  x, w = jnp.ones((8, 8, 8, 4)), jnp.ones((3, 3, 4, 5))
+  text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
+  computations = text.split("\n}\n")
+  for computing in (" tanh(", " cosine("):
+    (found,) = (c for c in computations if computing in c)
+    assert " copy(" not in found
+    assert " transpose(" not in found
+
+
 def test_under_pmap_and_flax():
   import flax.linen as nn
 

@@ -303,8 +303,18 @@ def test_batch_norm_over_groups_of_devices(x64):
   np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
-def count_convolutions(function, *args):
-  return str(jax.make_jaxpr(function)(*args)).count("conv_general_dilated[")
+@pytest.mark.parametrize("remat", [False, True])
+def test_equal_blocks_are_lowered_once(remat):
+  """Of 33 convolutions beside shortcuts, the stem's and 4 x 2 blocks' stay."""
+  model = resnet.ResNet(depth=34, stem="cifar", width=0.125, remat=remat)
+  variables = shapes(model)
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  lowered = jax.jit(functools.partial(model.apply, train=False)).lower(
+    variables, images
+  )
+  shortcuts = 4
+  count = lowered.as_text().count("stablehlo.convolution")
+  assert count == 1 + 4 * 2 * 2 + shortcuts
 
 
 @pytest.mark.parametrize("last_frozen", [-1, 2])
