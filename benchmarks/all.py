@@ -65,8 +65,10 @@ def show(line: dict) -> None:
         f"{row['at_least'] or ''} |"
       )
   if "ratio" in line:
-    at_most = line.get("at_most", "")
-    print(f"| {line['title']} | | | {line['ratio']:.3f} | at most {at_most} |")
+    at_most = line["at_most"]
+    print(
+      f"| {line['title']} | | | {line['ratio']:.3f} | at most {at_most:.3g} |"
+    )
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ spread, and writes JSON.
   python benchmarks/nt_xent.py --pairs=2048 --rounds=9 --output=nt_xent.json
 """
 
-import argparse
 import functools
-import json
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+import rounds
 
-from simclr_jax import losses
+from simclr_jax import cli, losses
 
 
 def make_step(block_size):
@@ -37,35 +35,26 @@ def temporary_bytes(num_pairs, dim, block_size):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure_seconds(num_pairs, dim, block_sizes, rounds):
-  """{block size: seconds of each round}; every round runs every form once."""
-  z = jax.random.normal(jax.random.key(0), (2, num_pairs, dim))
-  steps = {size: make_step(size) for size in block_sizes}
-  for step in steps.values():
-    jax.block_until_ready(step(z))
-  seconds = {size: [] for size in block_sizes}
-  for _ in range(rounds):
-    for size, step in steps.items():
-      start = time.perf_counter()
-      jax.block_until_ready(step(z))
-      seconds[size].append(time.perf_counter() - start)
-  return seconds
-
-
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  cli.setup()
+  parser = rounds.parser(__doc__)
+  parser.set_defaults(rounds=9)
   parser.add_argument("--dim", type=int, default=128)
   parser.add_argument("--memory_pairs", type=int, default=16384)
   parser.add_argument("--pairs", type=int, default=2048, help="for the time")
-  parser.add_argument("--rounds", type=int, default=9)
   parser.add_argument(
     "--block_sizes", type=int, nargs="+", default=[64, 128, 256]
   )
-  parser.add_argument("--output", help="a JSON file")
   args = parser.parse_args()
 
+  z = jax.random.normal(jax.random.key(0), (2, args.pairs, args.dim))
+
+  def form(block_size):
+    step = make_step(block_size)
+    return lambda: rounds.seconds_of(lambda: jax.block_until_ready(step(z)))
+
   sizes = [0, *args.block_sizes]  # 0 is the plain form
-  seconds = measure_seconds(args.pairs, args.dim, sizes, args.rounds)
+  seconds = rounds.alternate({size: form(size) for size in sizes}, args.rounds)
   device = jax.devices()[0].device_kind
   print(f"jax {jax.__version__} on {device}, D = {args.dim}")
   print(
@@ -73,14 +62,13 @@ def main():
     f"{'ms at ' + str(args.pairs):>11}  {'min..max':>15}  {'/plain':>6}"
   )
   plain_bytes = temporary_bytes(args.memory_pairs, args.dim, 0)
-  plain_seconds = seconds[0]
-  rows = []
+  lines = []
   for size in sizes:
     memory = temporary_bytes(args.memory_pairs, args.dim, size)
     median = statistics.median(seconds[size])
     # Of each round, because the machine's speed drifts.
     ratio = statistics.median(
-      a / b for a, b in zip(seconds[size], plain_seconds, strict=True)
+      a / b for a, b in zip(seconds[size], seconds[0], strict=True)
     )
     spread = f"{1e3 * min(seconds[size]):.0f}..{1e3 * max(seconds[size]):.0f}"
     print(
@@ -88,21 +76,24 @@ def main():
       f"{plain_bytes / memory:>8.1f}  {1e3 * median:>11.1f}  {spread:>15}  "
       f"{ratio:>6.2f}"
     )
-    rows.append(
-      {
-        "block_size": size,
-        "temporary_bytes": memory,
-        "seconds": seconds[size],
-        "time_ratio": ratio,
-      }
-    )
-  if args.output:
-    with open(args.output, "w") as file:
-      json.dump(
-        {"device": device, "jax": jax.__version__, **vars(args), "rows": rows},
-        file,
-        indent=2,
-      )
+    if size:
+      title = f"NT-Xent in blocks of {size} over plain"
+      lines += [
+        {
+          "title": f"{title}: bytes at {args.memory_pairs} pairs",
+          "bytes": memory,
+          "ratio": memory / plain_bytes,
+          "at_most": 1 / 20,
+        },
+        {
+          "title": f"{title}: time at {args.pairs} pairs",
+          "seconds": seconds[size],
+          "seconds_plain": seconds[0],
+          "ratio": ratio,
+          "at_most": 1.4,
+        },
+      ]
+  rounds.write(lines, args)
 
 
 if __name__ == "__main__":
