@@ -84,7 +84,7 @@ def conv_general_dilated(
   if min(*lhs.shape, *rhs.shape, *out) < 1:
     return fallback()
   if kernel == (1, 1) and pads == ((0, 0), (0, 0)):
-    # As a product of two matrices: XLA transposes images for the others.
+    # Of two axes each: XLA would transpose images for the gradient of more.
     pixels = lhs[:, :: strides[0], :: strides[1]].reshape(-1, rhs.shape[2])
     return (pixels @ rhs[0, 0]).reshape(len(lhs), *out, -1)
   area = size[0] * size[1]

@@ -415,9 +415,12 @@ def test_a_config_without_a_stage_is_damaged(workdir):
 
 
 def test_a_config_of_another_version(workdir):
-  (workdir / "config.json").write_text('{"stage": "other"}')
+  file = workdir / "config.json"
   (workdir / "result.json").write_text("{}")
-  assert "The recipe" in reasons(read_page(workdir))[-1]
+  file.write_text('{"stage": "other"}')
+  assert "config.json has no recipe" in reasons(read_page(workdir))[-1]
+  file.write_text('{"stage": "other", "recipe": "digits"}')
+  assert "The recipe digits of other" in reasons(read_page(workdir))[-1]
 
 
 @pytest.mark.slow

@@ -198,7 +198,10 @@ def chain(run: Run) -> tuple[list[Run], str]:
 
 def differences(run: Run) -> list[tuple[str, str, str]]:
   """(field, value in the recipe, value in the run) where they differ."""
-  name, stage = run.config.get("recipe", ""), run.config.get("stage", "")
+  for field in ("recipe", "stage"):
+    if field not in run.config:
+      raise Missing(f"The run's config.json has no {field}")
+  name, stage = run.config["recipe"], run.config["stage"]
   try:
     recipe = cli.load_recipe(name, stage=stage)
   except (UserError, IndexError, OSError) as error:
@@ -207,10 +210,15 @@ def differences(run: Run) -> list[tuple[str, str, str]]:
       f"The recipe {name} of {stage} is not here: {reason}"
     ) from None
   expected = config_lib.flat(json.loads(config_lib.to_json(recipe)))
+  fields = sorted(expected.keys() | run.config.keys())
+  # A field that one side lacks, as an older run may, is shown as such.
+  ours, theirs = (
+    dict.fromkeys(fields) | values for values in (expected, run.config)
+  )
   return [
-    (field, *(_text(values.get(field)) for values in (expected, run.config)))
-    for field in sorted(expected.keys() | run.config.keys())
-    if expected.get(field) != run.config.get(field)
+    (field, _text(ours[field]), _text(theirs[field]))
+    for field in fields
+    if ours[field] != theirs[field]
   ]
 
 
