@@ -78,7 +78,7 @@ def train_step(state, batch, key, *, model, optimizer, view_fn):
     return loss, (metrics, updated["batch_stats"])
 
   grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-  grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
+  grads, metrics = parallel.pmean((grads, metrics))
   state, norms = state.apply_gradients(optimizer, grads, batch_stats)
   return state, metrics | norms
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from simclr_jax.config import UserError
+from simclr_jax.train_state import norms
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -103,13 +104,37 @@ def lars(
   >>> print(updates["kernel"].round(6))  # 0.5 * 0.001 * |w| / |g|
   [-0.0005 -0.0005 -0.0005 -0.0005]
   """
-  return optax.lars(
-    learning_rate,
-    weight_decay=weight_decay,
-    weight_decay_mask=is_adapted,
-    trust_coefficient=trust_coefficient,
-    trust_ratio_mask=is_adapted,
-    momentum=momentum,
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=is_adapted),
+    optax.masked(_scale_by_trust_ratio(trust_coefficient), is_adapted),
+    optax.scale_by_learning_rate(learning_rate),
+    optax.trace(decay=momentum),
+  )
+
+
+def _scale_by_trust_ratio(
+  trust_coefficient: float,
+) -> optax.GradientTransformation:
+  """`optax.scale_by_trust_ratio` with one look at each tensor.
+
+  Optax's reads each of them twice, so that its norms have gradients at 0, and
+  works out the ratios one by one, which are as many programs of one number.
+  """
+
+  def update_fn(updates, state, params):
+    leaves, structure = jax.tree.flatten(updates)
+    if not leaves:
+      return updates, state
+    w, g = norms(params), norms(updates)
+    ratios = jnp.where((w == 0) | (g == 0), 1, trust_coefficient * w / g)
+    scaled = [
+      x * jax.lax.index_in_dim(ratios, i, keepdims=False).astype(x.dtype)
+      for i, x in enumerate(leaves)
+    ]
+    return structure.unflatten(scaled), state
+
+  return optax.GradientTransformation(
+    lambda params: optax.ScaleByTrustRatioState(), update_fn
   )
 
 

@@ -101,7 +101,7 @@ def train_step(
 
   grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
   # Each device has the gradient of its rows: their mean is the global one.
-  grads, metrics = jax.lax.pmean((grads, metrics), parallel.AXIS)
+  grads, metrics = parallel.pmean((grads, metrics))
   state, norms = state.apply_gradients(optimizer, grads, batch_stats)
   return state, metrics | norms
 

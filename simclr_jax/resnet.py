@@ -84,14 +84,18 @@ def batch_norm(
   collective for both moments, where the two-pass form needs two.
   """
   groups = None
-  if axis_name is not None and group_size and not initializing:
+  if axis_name is not None and not initializing:
     num_devices = jax.lax.axis_size(axis_name)
+    group_size = group_size or num_devices
     if num_devices % group_size:
       raise UserError(
         f"bn_group_size: got {group_size}, which does not divide the "
         f"{num_devices} devices"
       )
-    groups = np.arange(num_devices).reshape(-1, group_size).tolist()
+    if group_size == 1:  # XLA keeps collectives of one device on CPUs
+      axis_name = None
+    elif group_size < num_devices:
+      groups = np.arange(num_devices).reshape(-1, group_size).tolist()
   is_float64 = jnp.dtype(dtype) == jnp.float64
   return functools.partial(
     nn.BatchNorm,
