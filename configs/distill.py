@@ -103,6 +103,7 @@ def get_config(arg="digits"):
     if options.small:
       config.model.depth = 18
       config.model.width = 0.5
+      config.model.sk_ratio = 0.0
 
   if recipe == "digits":
     config.batch_size = 128
@@ -121,6 +122,7 @@ def get_config(arg="digits"):
     if options.small:
       config.model.depth = 18
       config.model.width = 0.125
+      config.model.sk_ratio = 0.0
 
   if recipe == "folder":
     # All images, labelled or not, teach; as long as the pretraining.
@@ -135,5 +137,6 @@ def get_config(arg="digits"):
     if options.small:
       config.model.depth = 18
       config.model.width = 1.0
+      config.model.sk_ratio = 0.0
 
   return config

@@ -8,6 +8,7 @@ of numpy arrays as one device has it: step, params, batch_stats and opt_state
 import contextlib
 import difflib
 import errno
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -144,18 +145,8 @@ def restore_latest(manager, target: dict) -> dict | None:
   ...   print(restore_latest(manager, {"step": 0, "params": {}}))
   None
   """
-  steps = sorted(manager.all_steps(), reverse=True)
-  for step in steps:
-    try:
-      tree = _read(manager, step)[0]
-    except Exception as error:  # Orbax raises what it likes
-      logging.warning(
-        "checkpoint %s/%d is damaged (%s); trying the one before it",
-        manager.directory,
-        step,
-        str(error).splitlines()[0][:200],
-      )
-      continue
+  if found := _newest(manager, lambda step: _read(manager, step)[0]):
+    step, tree = found
     where = f"{manager.directory}/{step}"
     leaves, treedef = jax.tree_util.tree_flatten_with_path(target["opt_state"])
     restored = tree["opt_state"]
@@ -163,15 +154,12 @@ def restore_latest(manager, target: dict) -> dict | None:
     _check_same(opt_state, restored, where=where)
     for name in ("params", "batch_stats"):
       _check_same(target[name], tree[name], where=where)
-    return {
-      "step": np.asarray(tree["step"]),
-      "params": tree["params"],
-      "batch_stats": tree["batch_stats"],
-      "opt_state": jax.tree_util.tree_unflatten(
-        treedef, [restored[jax.tree_util.keystr(path)] for path, _ in leaves]
-      ),
+    return tree | {
+      "opt_state": treedef.unflatten(
+        restored[jax.tree_util.keystr(path)] for path, _ in leaves
+      )
     }
-  if steps:
+  if steps := sorted(manager.all_steps()):
     raise UserError(
       f"no checkpoint under {manager.directory} can be read (steps "
       f"{steps}); restore one from a copy or start with another --workdir."
@@ -180,6 +168,21 @@ def restore_latest(manager, target: dict) -> dict | None:
     logging.warning(
       "%s is empty: the run that was begun here starts over", manager.directory
     )
+  return None
+
+
+def _newest(manager, read) -> tuple | None:
+  """(step, read(step)) of the newest step that can be read, or None."""
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      return step, read(step)
+    except Exception as error:  # Orbax raises what it likes
+      logging.warning(
+        "checkpoint %s/%d is damaged (%s); trying the one before it",
+        manager.directory,
+        step,
+        str(error).splitlines()[0][:200],
+      )
   return None
 
 
@@ -237,29 +240,34 @@ def load_described(workdir, *, field: str = "checkpoint"):
       "Give the --workdir of an earlier run."
     )
   with ocp.CheckpointManager(directory) as manager:
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
-      try:
-        tree, described = _read(manager, step)
-        break
-      except Exception as error:  # Orbax raises what it likes
-        logging.warning(
-          "checkpoint %s/%d is damaged (%s); trying the one before it",
-          directory,
-          step,
-          str(error).splitlines()[0][:200],
-        )
-    else:
-      raise UserError(
-        f"{field}: no complete checkpoint under {directory}; "
-        "has that run saved yet?"
-      )
+    found = _newest(manager, functools.partial(_read, manager))
+  if not found:
+    raise UserError(
+      f"{field}: no complete checkpoint under {directory}; "
+      "has that run saved yet?"
+    )
+  _, (tree, described) = found
   config = config_lib.from_json_tree(described["config"])
   variables = {k: tree[k] for k in ("params", "batch_stats")}
   about = dict(described["extra"])
   about |= {"workdir": str(workdir), "step": int(tree["step"])}
   about["hash"] = _hash(variables)
   return config, variables, about
+
+
+def latest_extra(workdir) -> dict:
+  """What the newest checkpoint was saved with as `extra`; {} if there is none.
+
+  >>> latest_extra("runs/finetuned")["label_names"][:3]
+  ['0', '1', '2']
+  """
+  directory = _directory(workdir)
+  if not directory.exists():
+    return {}
+  args = ocp.args.Composite(config=ocp.args.JsonRestore())
+  with ocp.CheckpointManager(directory) as manager:
+    found = _newest(manager, functools.partial(manager.restore, args=args))
+  return found[1]["config"]["extra"] if found else {}
 
 
 def _hash(tree) -> str:

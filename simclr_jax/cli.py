@@ -155,8 +155,8 @@ def _recipe_files(stage: str) -> list[Path]:
 def find_recipe(text: str, *, stage: str) -> tuple[str, str]:
   """Splits --config into the file and the recipe.
 
-  A file that is not there under the given path is looked for among the
-  package's own; a name without ".py" is a recipe of the stage's file.
+  "pretrain.py" and "configs/pretrain.py" are the package's own where no such
+  file is there; a name without ".py" is a recipe of the stage's file.
 
   Raises:
     UserError: there is no such file.
@@ -171,8 +171,9 @@ def find_recipe(text: str, *, stage: str) -> tuple[str, str]:
   path = Path(file).expanduser()
   if path.exists():
     return str(path), recipe
-  for own in _recipe_files(path.stem):
-    return str(own), recipe
+  if str(path.parent) in (".", "configs", "simclr_jax/configs"):
+    for own in _recipe_files(path.stem):
+      return str(own), recipe
   raise UserError(
     f"--config: there is no file {file}; the package's own are pretrain.py, "
     "finetune.py and distill.py, such as --config="

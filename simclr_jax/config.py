@@ -5,29 +5,15 @@ present. The sentinels 0, "" and "auto" mean "derived"; `resolve` and the stages
 replace them, and `config.json` of a run holds the resolved values.
 """
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 
 import ml_collections
 
+from simclr_jax import fields
+from simclr_jax.errors import Diverged, UserError, nearest
 
-class UserError(ValueError):
-  """A mistake of the user's: shown as one line, the process exits with 2."""
-
-
-class Diverged(RuntimeError):
-  """The loss is not finite: shown as one line, the process exits with 1."""
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-  """Returns '; did you mean "x"?' for a close match of `name`, else "".
-
-  >>> nearest("digts", ["digits", "cifar10"])
-  '; did you mean "digits"?'
-  """
-  close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-  return f'; did you mean "{close[0]}"?' if close else ""
+__all__ = ["Diverged", "UserError", "nearest"]  # of errors.py, for all others
 
 
 def parse_arg(
@@ -177,47 +163,6 @@ def warmup_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
   return round(config.optim.warmup_epochs * num_examples // config.batch_size)
 
 
-_POSITIVE = (
-  "batch_size",
-  "loss.temperature",
-  "log_every_steps",
-  "checkpoint_every_steps",
-  "eval_every_steps",
-  "keep_checkpoints",
-  "knn.num_neighbors",
-)
-_NOT_NEGATIVE = (
-  "seed",
-  "num_epochs",
-  "num_steps",
-  "data.image_size",
-  "data.canvas_size",
-  "data.eval_fraction",
-  "data.memory_gib",
-  "head.width",
-  "optim.learning_rate",
-  "optim.warmup_epochs",
-  "optim.weight_decay",
-  "label_percent",
-  "labels_per_class",
-  "knn.bank_size",
-  "loss.label_weight",
-  "loss.block_size",
-  "memory.size",
-  "memory.momentum",
-)
-_CHOICES = {
-  "data.on_error": ("raise", "skip"),
-  "model.dtype": ("auto", "float32", "bfloat16", "float64"),
-  "model.stem": ("auto", "imagenet", "cifar"),
-  "model.conv": ("auto", "xla", "cpu"),
-  "model.pool_padding": ("auto", "same", "torch"),
-  "loss.name": ("nt_xent", "supcon"),
-  "optim.name": ("lars", "momentum", "adam"),
-  "optim.scaling": ("linear", "sqrt", "none"),
-}
-
-
 def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   """Checks every field that can be checked before data is read.
 
@@ -228,21 +173,9 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   >>> check(cli.load_recipe("digits", stage="pretrain"), num_devices=3)
   Traceback (most recent call last):
     ...
-  simclr_jax.config.UserError: config.batch_size is 256, which 3 devices ...
+  simclr_jax.errors.UserError: config.batch_size is 256, which 3 devices ...
   """
-  fields = flat(config)
-  for name in _POSITIVE:
-    if name in fields and not fields[name] > 0:
-      raise UserError(f"config.{name} must be above 0, got {fields[name]}.")
-  for name in _NOT_NEGATIVE:
-    if name in fields and fields[name] < 0:
-      raise UserError(f"config.{name} must not be negative: {fields[name]}.")
-  for name, allowed in _CHOICES.items():
-    if name in fields and fields[name] not in allowed:
-      raise UserError(
-        f"config.{name} must be one of {', '.join(allowed)}; got "
-        f'"{fields[name]}"{nearest(str(fields[name]), allowed)}'
-      )
+  fields.check(flat(config))
   derived = config.recipe == "folder"  # from the number of images
   if config.num_epochs <= 0 and config.num_steps <= 0 and not derived:
     raise UserError("config.num_epochs or config.num_steps must be above 0.")
@@ -260,6 +193,8 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   if config.profile_steps[0] > config.profile_steps[1]:
     raise UserError(f"config.profile_steps ends early: {config.profile_steps}.")
   if config.stage == "pretrain":
+    if not config.data.image_size:
+      raise UserError("config.data.image_size must be above 0, got 0.")
     _check_loss(config)
 
 
@@ -283,6 +218,10 @@ def _check_loss(config) -> None:
       )
 
 
+# No selective kernels, no head, and h itself: their sentinel is -1 alone.
+_ZERO_IS_NONE = ("model.sk_ratio", "head.num_layers", "head_layer")
+
+
 def fill(config: ml_collections.ConfigDict, values: Mapping, names) -> None:
   """Sets those of the fields `names` that still hold their sentinel.
 
@@ -298,7 +237,7 @@ def fill(config: ml_collections.ConfigDict, values: Mapping, names) -> None:
   """
   mine = flat(config)
   for name in names:
-    if is_derived(mine[name]):
+    if is_derived(name, mine[name]):
       set_field(config, name, values[name])
 
 
@@ -314,7 +253,7 @@ def inherit(
   >>> inherit(config, {"model.depth": 50}, ["model.depth"], where="runs/mine")
   Traceback (most recent call last):
     ...
-  simclr_jax.config.UserError: config.model.depth is 18, but runs/mine has ...
+  simclr_jax.errors.UserError: config.model.depth is 18, but runs/mine has ...
   """
   fill(config, values, names)
   mine = flat(config)
@@ -326,13 +265,15 @@ def inherit(
       )
 
 
-def is_derived(value) -> bool:
-  """Whether a field holds a sentinel: its value comes from elsewhere.
+def is_derived(name: str, value) -> bool:
+  """Whether the field `name` holds a sentinel: its value comes from elsewhere.
 
-  >>> is_derived("auto"), is_derived(50)
+  >>> is_derived("model.width", 0.0), is_derived("model.sk_ratio", 0.0)
   (True, False)
   """
-  return not isinstance(value, bool) and value in (0, -1, "", "auto")
+  if isinstance(value, bool):
+    return False
+  return value in (-1, "", "auto") or (value == 0 and name not in _ZERO_IS_NONE)
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, value) -> None:

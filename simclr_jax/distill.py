@@ -22,6 +22,7 @@ from simclr_jax import (
   parallel,
   rundir,
   snapshots,
+  storage,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -137,7 +138,7 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> result["protocol"]
   'distill'
   """
-  config = build.start(config)
+  config, workdir = build.start(config), storage.path(workdir)
   if config.loss.label_weight > 1:
     raise UserError(
       f"config.loss.label_weight is {config.loss.label_weight:g}; it must be "
@@ -190,6 +191,7 @@ def train_and_evaluate(config, workdir) -> dict:
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
     return done
+  _check_teacher_unchanged(config, workdir, about)
 
   variables = build.init(config, model, train, loaded)
   schedule = build.make_schedule(config, len(train), num_steps)
@@ -238,6 +240,17 @@ def train_and_evaluate(config, workdir) -> dict:
     workdir, config, state, model, train, test, build.crop_flip(config)
   )
   return result
+
+
+def _check_teacher_unchanged(config, workdir, about: dict) -> None:
+  """Raises UserError where a run would be continued with other labels."""
+  stored = checkpoint.latest_extra(workdir).get("teacher", about)
+  if stored["hash"] != about["hash"]:
+    raise UserError(
+      f"config.teacher: {config.teacher} was at step {stored['step']} when the "
+      f"run in {workdir} began, and holds another network now (step "
+      f"{about['step']}); take another --workdir."
+    )
 
 
 def _resolve_student(config, taught) -> None:

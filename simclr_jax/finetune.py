@@ -21,6 +21,7 @@ from simclr_jax import (
   parallel,
   rundir,
   snapshots,
+  storage,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -104,7 +105,7 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> result["protocol"]
   'finetune 1%'
   """
-  config = build.start(config)
+  config, workdir = build.start(config), storage.path(workdir)
   loaded = _resolve_network(config)
   build.resolve(config)
   train, test = data.open_splits(

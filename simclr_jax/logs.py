@@ -59,7 +59,7 @@ class MetricsWriter:
         self._events.add_scalar(name, value, step)
 
   def flush(self) -> None:
-    """Makes everything written so far durable; called before each save."""
+    """Hands all that was written to the system; called before each save."""
     if self._remote:
       self._path.write_text("".join(self._lines))
     if self._events:
@@ -109,14 +109,20 @@ class Progress:
 
   def advance(self, step: int) -> None:
     """Counts one step whose metrics have been read."""
-    if self._mark is None:
-      self._mark, self._waited = (time.perf_counter(), step), 0.0
+    if self._mark is None:  # what came before it is not timed
+      self._mark = (time.perf_counter(), step)
+      self._paused = self._waited = 0.0
     if self._bar is not None:
       self._bar.update(1)
 
-  def pause(self):
-    """A context manager: its time does not count as training."""
-    return _Pause(self)
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Its time does not count as training."""
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:  # a signal may interrupt an evaluation
+      self._paused += time.perf_counter() - begin
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -174,14 +180,3 @@ class Progress:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
-
-
-class _Pause:
-  def __init__(self, progress: Progress):
-    self._progress = progress
-
-  def __enter__(self):
-    self._start = time.perf_counter()
-
-  def __exit__(self, *exc):
-    self._progress._paused += time.perf_counter() - self._start

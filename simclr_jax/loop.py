@@ -24,7 +24,7 @@ from simclr_jax import (
   storage,
   watchdog,
 )
-from simclr_jax.config import Diverged
+from simclr_jax.config import Diverged, UserError
 from simclr_jax.train_state import TrainState, tensor_names
 
 
@@ -84,6 +84,11 @@ def run(
       print(f"continuing from step {int(state.step)} in {workdir}", flush=True)
     start = int(state.step)
     _agree_on_start(start)
+    if start > num_steps:
+      raise UserError(
+        f"{workdir} has done {start} steps already, more than the {num_steps} "
+        "that are asked for; take another --workdir."
+      )
 
     def is_due(step):
       return step == num_steps or step % config.eval_every_steps == 0

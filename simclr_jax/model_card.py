@@ -10,7 +10,10 @@ from simclr_jax import config as config_lib
 from simclr_jax import network as network_lib
 from simclr_jax.provenance import provenance
 
-_LOCAL = ("pretrained", "teacher", "data.name", "data.data_dir")
+_LOCAL = (
+  *("pretrained", "teacher", "data.name", "data.data_dir"),
+  *("data.labels", "data.label_ids"),
+)
 _SHOWN = (
   *("data.name", "data.split", "num_epochs", "num_steps", "batch_size"),
   *("optim.name", "optim.learning_rate", "optim.scaling"),

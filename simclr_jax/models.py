@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import cpu_conv, resnet
+from simclr_jax import cpu_conv, layers, resnet
 from simclr_jax.config import UserError
 
 
@@ -38,7 +38,7 @@ class ProjectionHead(nn.Module):
 
   @nn.compact
   def __call__(self, h, *, train=False):
-    norm = resnet.batch_norm(
+    norm = layers.batch_norm(
       train=train and not self.freeze,
       dtype=self.dtype,
       axis_name=self.axis_name,

@@ -188,6 +188,7 @@ def plan(config, **options) -> dict:
   if config.model.dtype == "auto" and on_cpu:
     config_lib.set_field(config, "model.dtype", "bfloat16")
   config_lib.check(config, num_devices=num_devices)
+  pretrain.resolve_network(config)
   build.resolve(config)
   images, described = _images(config, options["images"])
   num_steps = config.num_steps
@@ -304,6 +305,8 @@ def main(argv=None) -> None:
       jax.config.update("jax_num_cpu_devices", options["devices"])
     if output and not Path(output).resolve().parent.is_dir():
       raise UserError(f"--output={output}: there is no such folder.")
+    if Path(output or "plan.json").is_dir():
+      raise UserError(f"--output={output} is a folder; give a file's name.")
     result = plan(config, **options)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

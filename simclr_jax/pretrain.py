@@ -24,6 +24,7 @@ from simclr_jax import (
   probes,
   rundir,
   snapshots,
+  storage,
   supcon,
 )
 from simclr_jax import config as config_lib
@@ -173,8 +174,8 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> result["protocol"]
   'knn'
   """
-  config = build.start(config)
-  loaded = _resolve_network(config)
+  config, workdir = build.start(config), storage.path(workdir)
+  loaded = resolve_network(config)
   build.resolve(config)
   train, test = data.open_splits(
     config, workdir, channels=build.channels(loaded)
@@ -254,7 +255,7 @@ def _check_labels_and_memory(config, train) -> None:
     )
 
 
-def _resolve_network(config) -> dict | None:
+def resolve_network(config) -> dict | None:
   """Takes network and view from `config.pretrained`; returns its variables.
 
   Fields that are as the recipe has them were not given and give way.
@@ -264,20 +265,32 @@ def _resolve_network(config) -> dict | None:
   stored, loaded = build.load_pretrained(config)
   names = (*build.ENCODER, *build.HEAD, *build.VIEW)
   mine, theirs = config_lib.flat(config), config_lib.flat(stored)
-  recipe = config_lib.flat(cli.load_recipe(config.recipe, stage="pretrain"))
+  try:
+    recipe = config_lib.flat(cli.load_recipe(config.recipe, stage="pretrain"))
+  except UserError:  # of a user's own file: all its fields were given
+    recipe = {}
   for name in names:
-    if mine[name] == recipe[name]:
+    if name in recipe and mine[name] == recipe[name]:
       config_lib.set_field(config, name, theirs[name])
   where = f"the checkpoint {config.pretrained}"
   config_lib.inherit(config, theirs, names, where=where)
   return loaded
 
 
+def _bank(config, labels) -> np.ndarray:
+  """Which labelled images kNN looks among, drawn where there are too many."""
+  labelled = np.flatnonzero(labels >= 0)
+  if len(labelled) > config.knn.bank_size:  # the first ones may be of one class
+    rng = np.random.default_rng(config.seed)
+    labelled = rng.choice(labelled, config.knn.bank_size, replace=False)
+  return np.sort(labelled)
+
+
 def _make_evaluate(config, model, train, test):
   """State -> kNN accuracy of h and accuracy of the probe, or None."""
   if test is None or not train.num_classes:
     return None
-  bank = train.select(np.flatnonzero(train.labels >= 0)[: config.knn.bank_size])
+  bank = train.select(_bank(config, train.labels))
   probe = model.classifier is not None
   predict_fn = predict.make_predict(
     model,

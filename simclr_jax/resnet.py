@@ -14,8 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from simclr_jax import layers
 from simclr_jax.config import UserError
 
 # depth: (blocks in each group, bottleneck blocks?)
@@ -70,64 +70,6 @@ def check_architecture(
 def feature_size(*, depth: int, width: float) -> int:
   """The number of channels C of h: 512 or 2048 times the width."""
   return round(64 * width) * 8 * (4 if DEPTHS[depth][1] else 1)
-
-
-def batch_norm(
-  *, train, dtype, axis_name=None, group_size=0, initializing=False
-) -> Callable[..., nn.BatchNorm]:
-  """A maker of the official BatchNorm: momentum 0.9, epsilon 1e-5.
-
-  Moments are computed in float32 at least, over the batch of all devices on
-  `axis_name` (of `group_size` neighbours where that is not 0), and the biased
-  variance goes into the moving average, as with the official global_bn. The
-  variance is E[x^2] - E[x]^2: exact over any number of devices with one
-  collective for both moments, where the two-pass form needs two.
-  """
-  groups = None
-  if axis_name is not None and not initializing:
-    num_devices = jax.lax.axis_size(axis_name)
-    group_size = group_size or num_devices
-    if num_devices % group_size:
-      raise UserError(
-        f"bn_group_size: got {group_size}, which does not divide the "
-        f"{num_devices} devices"
-      )
-    if group_size == 1:  # XLA keeps collectives of one device on CPUs
-      axis_name = None
-    elif group_size < num_devices:
-      groups = np.arange(num_devices).reshape(-1, group_size).tolist()
-  is_float64 = jnp.dtype(dtype) == jnp.float64
-  return functools.partial(
-    nn.BatchNorm,
-    use_running_average=not train,
-    momentum=0.9,
-    epsilon=1e-5,
-    dtype=dtype,
-    param_dtype=jnp.promote_types(dtype, jnp.float32),
-    axis_name=axis_name,
-    axis_index_groups=groups,
-    # Flax otherwise keeps the moving averages of a float64 network in float32.
-    force_float32_reductions=not is_float64,
-  )
-
-
-def _conv(features, kernel_size, strides=1, *, name, dtype, conv_fn):
-  """A convolution padded by its kernel size alone, without bias."""
-  before = (kernel_size - 1) // 2
-  return nn.Conv(
-    features,
-    (kernel_size, kernel_size),
-    (strides, strides),
-    padding=((before, kernel_size - 1 - before),) * 2,
-    use_bias=False,
-    kernel_init=nn.initializers.variance_scaling(
-      1.0, "fan_in", "truncated_normal"
-    ),
-    dtype=dtype,
-    param_dtype=jnp.promote_types(dtype, jnp.float32),
-    conv_general_dilated=conv_fn,
-    name=name,
-  )
 
 
 class Stem(nn.Module):
@@ -304,11 +246,11 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, images, *, train=False):
     conv = functools.partial(
-      _conv, dtype=self.dtype, conv_fn=self.conv_general_dilated
+      layers.conv, dtype=self.dtype, conv_fn=self.conv_general_dilated
     )
 
     def norm(group):
-      return batch_norm(
+      return layers.batch_norm(
         train=train and group > self.freeze_after_block,
         dtype=self.dtype,
         axis_name=self.axis_name,

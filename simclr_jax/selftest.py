@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import augment, cli, data, losses, parallel, resnet
+from simclr_jax import augment, cli, data, layers, losses, parallel
 
 _ROWS = 4  # a device
 _FEATURES = 16
@@ -117,9 +117,6 @@ def _numpy_nt_xent(x, weights, *, temperature: float):
 def batch_norm() -> float:
   """BatchNorm's output and moving averages over the global batch."""
   x, local = _global_rows((_FEATURES,), seed=3)
-  module = resnet.batch_norm(
-    train=True, dtype=jnp.float32, axis_name=parallel.AXIS
-  )()
   zeros = np.zeros(_FEATURES, np.float32)
   variables = {
     "params": {"scale": zeros + 1, "bias": zeros},
@@ -127,6 +124,9 @@ def batch_norm() -> float:
   }
 
   def fn(variables, x):
+    module = layers.batch_norm(
+      train=True, dtype=jnp.float32, axis_name=parallel.AXIS
+    )()
     y, updated = module.apply(variables, x, mutable=["batch_stats"])
     return jax.lax.all_gather(y, parallel.AXIS, tiled=True), updated
 

@@ -15,6 +15,15 @@ from simclr_jax.config import UserError
 _BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 
+def path(workdir) -> epath.Path:
+  """A run's directory as it was given, with `~` for the home expanded.
+
+  >>> path("~/runs/mine").is_absolute(), str(path("gs://bucket/mine"))
+  (True, 'gs://bucket/mine')
+  """
+  return epath.Path(workdir).expanduser()
+
+
 def root(workdir) -> epath.Path:
   """A run's directory as an absolute path, or one in a bucket.
 
@@ -49,7 +58,7 @@ def writing(where) -> Iterator[None]:
   ...   raise OSError(28, "No space left on device")
   Traceback (most recent call last):
     ...
-  simclr_jax.config.UserError: runs cannot be written: No space left on ...
+  simclr_jax.errors.UserError: runs cannot be written: No space left on ...
   """
   try:
     yield

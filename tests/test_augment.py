@@ -134,6 +134,22 @@ def test_eval_view_crop_rule():
   assert small.max() <= 1
 
 
+def test_eval_view_in_bfloat16_is_that_in_float32():
+  """But for its rounding, 2**-8: positions beyond 256 are no bfloat16."""
+  image = np.random.default_rng(0).random((300, 400, 3), np.float32)
+  want = augment.eval_view(image, size=(224, 320))
+  got = augment.eval_view(image, size=(224, 320), dtype=jnp.bfloat16)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(got.astype(np.float32), want, atol=2**-8)
+  half = jnp.asarray(image, jnp.bfloat16)
+  got = augment.crop_and_resize(half, np.array([9, 70, 280, 320]), size=224)
+  assert got.dtype == jnp.bfloat16
+  want = augment.crop_and_resize(
+    half.astype(np.float32), np.array([9, 70, 280, 320]), size=224
+  )
+  np.testing.assert_allclose(got.astype(np.float32), want, atol=2**-7)
+
+
 def test_eval_view_of_its_own_size_is_the_image():
   images = np.random.default_rng(0).integers(
     0, 256, (2, 32, 32, 1), dtype=np.uint8

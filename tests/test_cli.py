@@ -61,6 +61,8 @@ def test_a_recipe_of_ones_own(tmp_path):
     (["--config=digits"], "--workdir is missing"),
     (["--config=digis", "--workdir=w"], 'did you mean "digits"?'),
     (["--config=no.py:digits", "--workdir=w"], "there is no file no.py"),
+    (["--config=my/pretrain.py:digits", "--workdir=w"], "no file my/pretrain"),
+    (["--config=zzz", "--workdir=w"], 'unknown recipe "zzz". Recipes: '),
     (
       ["--config=finetune.py:digits", "--workdir=w"],
       "is for simclr_jax.finetune, this is simclr_jax.pretrain",

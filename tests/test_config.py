@@ -1,6 +1,7 @@
 """Recipes, their options, derived fields and checks."""
 
 import json
+import math
 
 import ml_collections
 import pytest
@@ -113,6 +114,15 @@ def test_warmup_steps_are_the_official_count():
     ("num_epochs", 0.0, "config.num_epochs or config.num_steps"),
     ("loss.block_size", -3, "config.loss.block_size must not be negative"),
     ("profile_steps", (5, 2), "config.profile_steps ends early: (5, 2)."),
+    ("profile_steps", (3,), "config.profile_steps must be two numbers, got"),
+    ("augment.area_range", (0.1, 0.2, 0.3), "area_range must be two numbers"),
+    ("augment.area_range", ("a", "b"), "area_range must be two numbers, got"),
+    ("augment.area_range", (0.1, math.nan), "area_range must be a finite"),
+    ("optim.learning_rate", math.nan, "learning_rate must be a finite number"),
+    ("loss.temperature", math.inf, "config.loss.temperature must be a finite"),
+    ("model.width", math.inf, "config.model.width must be a finite number"),
+    ("data.image_size", 0, "config.data.image_size must be above 0, got 0."),
+    ("seed", 2**32, "config.seed must be below 2**32: 4294967296."),
   ],
 )
 def test_wrong_values_are_named(field, value, message):
@@ -121,6 +131,26 @@ def test_wrong_values_are_named(field, value, message):
   with pytest.raises(UserError) as error:
     config_lib.check(config, num_devices=8)
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name", ["model.sk_ratio", "head.num_layers", "head_layer"]
+)
+def test_a_zero_that_means_none_is_kept(name):
+  config = recipe("distill", "imagenet")
+  config_lib.fill(config, {name: 2}, [name])
+  assert config_lib.flat(config)[name] == 2  # it held its sentinel
+  config_lib.set_field(config, name, 0)
+  config_lib.fill(config, {name: 2}, [name])
+  assert config_lib.flat(config)[name] == 0
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits", "folder", "imagenet"])
+def test_a_small_student_has_no_selective_kernels(name):
+  """Whatever its teacher has; a ResNet-18 cannot have them."""
+  config = recipe("distill", f"{name},small")
+  config_lib.fill(config, {"model.sk_ratio": 0.0625}, ["model.sk_ratio"])
+  assert config.model.sk_ratio == 0
 
 
 def test_inherit_fills_sentinels_and_refuses_other_values():

@@ -12,8 +12,8 @@ import pytest
 from made_run import apply, make_run
 from safetensors.numpy import load_file
 
-from simclr_jax import export, torchvision_names
-from simclr_jax.config import UserError
+from simclr_jax import cli, export, model_card, torchvision_names
+from simclr_jax.config import UserError, set_field
 
 IMAGENET = {
   "model__width": 1.0,
@@ -202,6 +202,16 @@ def test_the_classifier_on_other_layers(head_layer):
   if head_layer:
     h = (h @ dense - mean) / np.sqrt(var + 1e-5) * scale
   np.testing.assert_allclose(out, h @ kernel + bias, atol=1e-12)
+
+
+def test_a_card_has_no_path_of_this_machine():
+  config = cli.load_recipe("folder", stage="finetune")
+  local = ("pretrained", "data.name", "data.labels", "data.label_ids")
+  for name in local:
+    place = "/home/ann/secret/one"
+    set_field(config, name, f"folder:{place}" if name == "data.name" else place)
+  shown = json.dumps(model_card._published(config.to_dict()))
+  assert "ann" not in shown and shown.count("one") >= len(local)
 
 
 def test_the_card(r18):

@@ -1,5 +1,6 @@
 """The loop with a network of one matrix: log, save, resume, stop."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -422,3 +423,17 @@ def test_finished(tmp_path):
   rundir.write_result(tmp_path, {"num_steps": 5, "top1": 0.5})
   assert rundir.finished(tmp_path, 5)["top1"] == 0.5
   assert rundir.finished(tmp_path, 6) is None
+
+
+def test_the_rate_counts_no_evaluation(monkeypatch):
+  """Nor one that was made up for before the first step."""
+  clock = iter([0, 100, 110, 110, 140, 150])
+  monkeypatch.setattr(logs.time, "perf_counter", lambda: next(clock))
+  progress = logs.Progress(4, 9, batch_size=6, quiet=True)
+  with progress.pause():  # 0 to 100: owed from before the restart
+    pass
+  progress.advance(5)  # at 110, compiled
+  with contextlib.suppress(KeyboardInterrupt), progress.pause():
+    raise KeyboardInterrupt  # 110 to 140
+  progress.advance(6)
+  assert progress.timing(6)["images_per_second"] == 0.6  # 6 images in 10 s

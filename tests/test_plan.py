@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simclr_jax import build, cli, parallel, plan, pretrain
-from simclr_jax.config import UserError
+from simclr_jax.config import UserError, set_field
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,22 @@ def test_a_dataset_that_is_not_there_leaves_hours_out(config, tmp_path, capsys):
   assert plan._images(other, 0) == (0, {})
   assert "give --images=N" in capsys.readouterr().out
   assert plan._images(other, 7) == (7, {})
+
+
+def test_the_network_of_a_checkpoint_is_planned(config, monkeypatch):
+  def resolve_network(config):
+    set_field(config, "model.width", 0.125)
+
+  def estimate(config, **options):
+    return {
+      "total": config.model.width,
+      "flops": 1.0,
+      "seconds": 0.0,
+    } | dict.fromkeys(("state", "input", "activations"), 0)
+
+  monkeypatch.setattr(pretrain, "resolve_network", resolve_network)
+  monkeypatch.setattr(plan, "estimate", estimate)
+  assert plan.plan(config)["total"] == 0.125
 
 
 @pytest.mark.slow

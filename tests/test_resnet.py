@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax import resnet
+from simclr_jax import layers, resnet
 from simclr_jax.config import UserError
 
 # (depth, width, selective kernels): trainable parameters of the encoder, those
@@ -287,7 +287,7 @@ def test_batch_norm_over_groups_of_devices(x64):
   )
 
   def normalize(x):
-    norm = resnet.batch_norm(
+    norm = layers.batch_norm(
       train=True, dtype=x.dtype, axis_name="batch", group_size=2
     )()
     variables = {
@@ -301,6 +301,31 @@ def test_batch_norm_over_groups_of_devices(x64):
   want = pairs - pairs.mean(1, keepdims=True)
   want /= np.sqrt(pairs.var(1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_of_one_device_sends_nothing():
+  """XLA keeps a collective of one device on CPUs, and copies its operand."""
+  variables = {
+    "params": {"scale": np.ones(6), "bias": np.zeros(6)},
+    "batch_stats": {"mean": np.zeros(6), "var": np.ones(6)},
+  }
+
+  def normalize(x, group_size=0, train=True):
+    norm = layers.batch_norm(
+      train=train, dtype=x.dtype, axis_name="batch", group_size=group_size
+    )()
+    return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+  def collectives(x, **options):
+    fn = functools.partial(normalize, **options)
+    return str(jax.make_jaxpr(jax.pmap(fn, axis_name="batch"))(x)).count("psum")
+
+  x = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
+  assert collectives(x)
+  assert not collectives(x[:1])
+  assert not collectives(x, group_size=1)
+  # Moving averages need no axis: networks are also used outside of one.
+  assert normalize(x[0], group_size=2, train=False).shape == (4, 6)
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from simclr_jax import augment, data, losses, parallel, resnet, selftest
+from simclr_jax import augment, data, layers, losses, parallel, selftest
 
 
 def test_all_checks_pass(capsys):
@@ -56,9 +56,9 @@ REAL_VIEWS = augment.two_views
     ("NT-Xent, gradient", jax.lax, "pmean", summed),
     (
       "BatchNorm moments",
-      resnet,
+      layers,
       "batch_norm",
-      without_axis(resnet.batch_norm),
+      without_axis(layers.batch_norm),
     ),
     (
       "data slices",

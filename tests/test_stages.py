@@ -1,12 +1,15 @@
 """The stages as users run them, on digits with a tiny network."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from simclr_jax import (
+  build,
   checkpoint,
   cli,
   data,
@@ -15,7 +18,7 @@ from simclr_jax import (
   loop,
   pretrain,
 )
-from simclr_jax.config import UserError, set_field
+from simclr_jax.config import UserError, flat, set_field
 
 TINY = {
   "batch_size": 32,
@@ -170,6 +173,83 @@ def test_a_complete_run_is_not_repeated(runs, capsys):
   )
   assert again == results["distill"]
   assert "is complete: 3 steps" in capsys.readouterr().out
+
+
+def test_the_home_is_expanded(runs, monkeypatch):
+  folder, results = runs
+  monkeypatch.setenv("HOME", str(folder))
+  fields = {"data.image_size": 8}
+  again = run(pretrain, "digits,width=0.0625", "~/pretrain", **fields)
+  assert again == results["pretrain"]
+
+
+def test_a_run_cannot_end_before_where_it_is(runs, tmp_path):
+  folder, _ = runs
+  shutil.copytree(folder / "pretrain", tmp_path / "run")
+  fields = {"data.image_size": 8, "num_steps": 2}
+  with pytest.raises(UserError, match="done 3 steps already, more than the 2"):
+    run(pretrain, "digits,width=0.0625", tmp_path / "run", **fields)
+  stored = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert stored["num_steps"] == 3
+
+
+def test_a_student_keeps_its_teacher(runs, tmp_path, monkeypatch):
+  folder, _ = runs
+  shutil.copytree(folder / "distill", tmp_path / "run")
+  load = checkpoint.load_described
+
+  def trained_on(*args, **options):
+    config, variables, about = load(*args, **options)
+    return config, variables, about | {"hash": "another", "step": 5}
+
+  monkeypatch.setattr(checkpoint, "load_described", trained_on)
+  fields = {"teacher": str(folder / "finetune"), "loss.label_weight": 0.5}
+  with pytest.raises(UserError, match=r"was at step 3 when .* now \(step 5\)"):
+    run(distill, "digits", tmp_path / "run", **fields, num_steps=4)
+
+
+def test_a_recipe_of_ones_own_continues_a_network(runs):
+  folder, _ = runs
+  config = cli.load_recipe("digits", stage="pretrain")
+  set_field(config, "recipe", "mine")
+  set_field(config, "pretrained", str(folder / "pretrain"))
+  with pytest.raises(UserError, match=r"model.width is .*, but the checkpoint"):
+    pretrain.resolve_network(config)  # its own fields were given
+  stored, _ = checkpoint.load(folder / "pretrain")
+  for name in (*build.ENCODER, *build.HEAD, *build.VIEW):
+    set_field(config, name, flat(stored)[name])
+  assert pretrain.resolve_network(config)["params"]
+
+
+def test_the_bank_is_drawn_from_all_classes():
+  config = cli.load_recipe("digits", stage="pretrain")
+  labels = np.repeat(np.arange(-1, 10), 50)  # class by class
+  set_field(config, "knn.bank_size", 1000)
+  all_of_them = np.arange(50, 550)
+  np.testing.assert_array_equal(pretrain._bank(config, labels), all_of_them)
+  set_field(config, "knn.bank_size", 100)
+  bank = pretrain._bank(config, labels)
+  assert len(set(bank)) == 100 and np.all(np.diff(bank) > 0)
+  assert set(labels[bank]) == set(range(10))
+  np.testing.assert_array_equal(bank, pretrain._bank(config, labels))
+
+
+def test_an_evaluation_split_has_labels(tmp_path):
+  for i, place in enumerate(("train/a", "train/b", "test")):
+    (tmp_path / place).mkdir(parents=True)
+    for j in range(4):
+      Image.new("RGB", (8, 8), (60 * i, 60 * j, 9)).save(
+        tmp_path / place / f"{j}.png"
+      )
+  config = cli.load_recipe("folder", stage="pretrain")
+  set_field(config, "data.name", f"folder:{tmp_path}")
+  set_field(config, "data.eval_fraction", 0.0)
+  set_field(config, "data.canvas_size", 8)
+  with pytest.raises(UserError, match=r'"test" of .* no labelled image'):
+    data.open_splits(config, tmp_path / "run")
+  set_field(config, "data.eval_split", "")
+  train, test = data.open_splits(config, tmp_path / "run")
+  assert (len(train), test) == (8, None)
 
 
 @pytest.mark.parametrize(

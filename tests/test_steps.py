@@ -18,11 +18,11 @@ from simclr_jax import (
   augment,
   distill,
   finetune,
+  layers,
   losses,
   models,
   parallel,
   pretrain,
-  resnet,
 )
 from simclr_jax.train_state import TrainState
 
@@ -43,7 +43,7 @@ class TinyEncoder(nn.Module):
     x = nn.Conv(6, (3, 3), (2, 2), use_bias=False, param_dtype=self.dtype)(
       images
     )
-    norm = resnet.batch_norm(
+    norm = layers.batch_norm(
       train=train,
       dtype=self.dtype,
       axis_name=self.axis_name,

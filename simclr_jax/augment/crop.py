@@ -267,7 +267,9 @@ def crop_and_resize(images, boxes, *, size):
   """
   size = pixels.height_width(size)
   images = pixels.to_float(images)
-  lead = images.shape[:-3]
+  dtype, lead = images.dtype, images.shape[:-3]
+  # Positions of pixels beyond 256 are none of bfloat16's numbers.
+  images = images.astype(jnp.promote_types(dtype, jnp.float32))
   boxes = jnp.broadcast_to(jnp.asarray(boxes), (*lead, 4)).reshape(-1, 1, 4)
   views = crop_planes(
     images.reshape(-1, *images.shape[-3:]),
@@ -275,7 +277,8 @@ def crop_and_resize(images, boxes, *, size):
     jnp.zeros(boxes.shape[:2], bool),
     size=size,
   )
-  return jnp.swapaxes(views, -1, -2).reshape(*lead, *size, images.shape[-1])
+  views = jnp.swapaxes(views, -1, -2).astype(dtype)
+  return views.reshape(*lead, *size, images.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("size", "crop"), inline=True)
@@ -320,7 +323,9 @@ def eval_view(images, *, size, sizes=None, crop=None, dtype=None):
   (2, 32, 32, 3)
   """
   height, width = pixels.height_width(size)
-  images = pixels.to_float(images, dtype)
+  images = pixels.to_float(images)
+  dtype = dtype or images.dtype
+  images = images.astype(jnp.promote_types(dtype, images.dtype))
   if crop is None:
     crop = EVAL_CROP if max(height, width) > 32 else 1.0
   if not 0 < crop <= 1:
@@ -328,4 +333,4 @@ def eval_view(images, *, size, sizes=None, crop=None, dtype=None):
   sizes = jnp.asarray(images.shape[-3:-1] if sizes is None else sizes)
   boxes = _central_boxes(sizes, size=(height, width), crop=float(crop))
   images = crop_and_resize(images, boxes, size=(height, width))
-  return jnp.clip(images, 0, 1)
+  return jnp.clip(images, 0, 1).astype(dtype)

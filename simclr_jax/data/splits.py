@@ -92,10 +92,16 @@ def open_splits(
       )
     return dataset
 
-  test = None
+  opened_train, opened_test = opened(train, "skip"), None
   if config.data.eval_split and train.num_classes:
     test = _source(config, config.data.eval_split, channels)
-  return opened(train, "skip"), test and opened(test, "drop")
+    opened_test = opened(test, "drop")
+    if not np.any(opened_test.labels >= 0):
+      raise UserError(
+        f'config.data.eval_split: "{test.split}" of {test.name} has no '
+        'labelled image to evaluate on; give another, or "" for none.'
+      )
+  return opened_train, opened_test
 
 
 def _source(config, split, channels):

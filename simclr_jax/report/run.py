@@ -180,7 +180,8 @@ def chain(run: Run) -> tuple[list[Run], str]:
   runs, note = [run], ""
   while run.stage in _SOURCES and (source := run.config[_SOURCES[run.stage]]):
     # Beside this one, where all of them were moved together.
-    places = (epath.Path(source), run.workdir.parent / epath.Path(source).name)
+    there = epath.Path(source).expanduser()
+    places = (there, run.workdir.parent / there.name)
     found = [p for p in places if (p / "config.json").exists()]
     if not found:
       note = f"{run.name} came from {source}, which is not there any more."

@@ -211,7 +211,7 @@ def check_cells(cells: Sequence[Cell], workdir: Path) -> None:
       config_lib.from_json_tree(json.loads(file.read_text()))
     )
     for name, value in config_lib.flat(config).items():
-      if not config_lib.is_derived(value) and stored.get(name) != value:
+      if not config_lib.is_derived(name, value) and stored.get(name) != value:
         raise UserError(
           f"{folder} holds another run: config.{name} was "
           f"{stored.get(name)!r}, is {value!r}. Give the values it has, or "
