@@ -180,6 +180,16 @@ def init(
   )
 
 
+def make_optimizer(config, schedule, **options):
+  """The optimizer that `config.optim` describes; see `optimizers`."""
+  return optimizers.make_optimizer(
+    config.optim.name,
+    learning_rate=schedule,
+    weight_decay=config.optim.weight_decay,
+    **options,
+  )
+
+
 def init_state(variables: dict, optimizer) -> TrainState:
   """The state before step 1, as numpy."""
   opt_state = jax.jit(optimizer.init)(variables["params"])

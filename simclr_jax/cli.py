@@ -195,13 +195,29 @@ def load_recipe(text: str, *, stage: str) -> ml_collections.ConfigDict:
   10.0
   """
   path, recipe = find_recipe(text, stage=stage)
-  spec = importlib.util.spec_from_file_location(f"{stage}_recipe", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(recipe) if recipe else module.get_config()
+  config = _get_config(path, recipe)
   if config.stage != stage:
     raise UserError(
       f"--config: {path} is for simclr_jax.{config.stage}, this is "
       f"simclr_jax.{stage}."
     )
   return config.lock()
+
+
+def stage_of(text: str) -> str:
+  """The stage that --config=`text` is for; a recipe's name: "pretrain".
+
+  Raises:
+    UserError: no such file or recipe.
+
+  >>> stage_of("finetune.py:digits,labels=10")
+  'finetune'
+  """
+  return _get_config(*find_recipe(text, stage="pretrain")).stage
+
+
+def _get_config(path: str, recipe: str) -> ml_collections.ConfigDict:
+  spec = importlib.util.spec_from_file_location("recipes", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(recipe) if recipe else module.get_config()

@@ -8,6 +8,7 @@ classifier sits, as a fine-tuned network: --config.teacher of distill.
 """
 
 import argparse
+import collections
 import difflib
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from simclr_jax import (
   models,
   resnet,
   rundir,
+  storage,
   tf_bundle,
   tf_names,
 )
@@ -164,6 +166,7 @@ def convert(
       the networks fine-tuned on 1% and 10%, 0 on 100%); None leaves a
       classifier out, and the run is one of pretraining.
     label_names: of the classifier's outputs, in order; default their numbers.
+      A name that comes twice gets them too: "crane (134)", "crane (517)".
     image_size: pixels that the stages which start from the run will see; 0: as
       official, 224, or 32 with the CIFAR stem. The weights fit every size.
 
@@ -173,13 +176,9 @@ def convert(
   >>> convert("r50_1x_sk0/model.ckpt-250228", "runs/official")
   Traceback (most recent call last):
     ...
-  simclr_jax.config.UserError: ...r50_1x_sk0/model.ckpt-250228...
+  simclr_jax.errors.UserError: ...r50_1x_sk0/model.ckpt-250228...
   """
-  workdir = Path(workdir).expanduser()
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-    raise UserError(
-      f"--workdir={workdir} exists already and is left as it is; give another"
-    )
+  _check_free(workdir)
   found = tf_bundle.read(tensorflow_checkpoint)
   named, left_out = tf_names.select(found, ema=ema)
   if head_layer is None:
@@ -196,6 +195,7 @@ def convert(
       f"--label_names: got {len(label_names)} names, but the classifier has "
       f"{num_classes} outputs"
     )
+  label_names = _told_apart(label_names)
   rundir.claim(config, workdir)
   with checkpoint.open_manager(workdir, keep=1) as manager:
     checkpoint.save(
@@ -217,6 +217,35 @@ def convert(
     shown = ", ".join(left_out[:_MAX_NAMED])
     shown += f" and {more} more" if more > 0 else ""
     print(f"left out {len(left_out)}: {shown}", flush=True)
+
+
+def _check_free(workdir):
+  """Raises UserError where something is in a run's directory, or bucket."""
+  root = storage.root(workdir)
+  try:
+    is_taken = root.exists() and (not root.is_dir() or any(root.iterdir()))
+  except OSError as error:
+    raise UserError(
+      f"--workdir={workdir} cannot be read: {error.strerror or error}"
+    ) from None
+  if is_taken:
+    raise UserError(
+      f"--workdir={workdir} exists already and is left as it is; give another"
+    )
+
+
+def _told_apart(names):
+  """Adds their number to names that come twice, so that each means one class.
+
+  A dataset's classes are found by name; lists of ImageNet's repeat "crane".
+  """
+  counts = collections.Counter(names)
+  repeated = {i: f"{x} ({i})" for i, x in enumerate(names) if counts[x] > 1}
+  if repeated:
+    shown = ", ".join(list(repeated.values())[:_MAX_NAMED])
+    shown += ", ..." * (len(repeated) > _MAX_NAMED)
+    print(f"--label_names: repeated names got their outputs' numbers: {shown}")
+  return [repeated.get(i, name) for i, name in enumerate(names)]
 
 
 def _config(arch, head, head_layer, size):

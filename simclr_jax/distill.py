@@ -17,7 +17,6 @@ from simclr_jax import (
   data,
   loop,
   losses,
-  optimizers,
   overview,
   parallel,
   rundir,
@@ -59,7 +58,7 @@ def train_step(
   Returns:
     The next state, and metrics that are equal on all devices.
 
-  >>> from simclr_jax import augment, network
+  >>> from simclr_jax import augment, network, optimizers
   >>> net = network.load("runs/finetuned")
   >>> optimizer = optimizers.lars(0.1, weight_decay=0.0)
   >>> step_fn = functools.partial(
@@ -117,6 +116,74 @@ def train_step(
   return state, metrics | norms
 
 
+def make_model(config, *, num_classes: int):
+  """The student of a resolved config, or the teacher of its own config.
+
+  >>> taught, _ = checkpoint.load("runs/finetuned")
+  >>> make_model(taught, num_classes=10).classifier.features
+  10
+  """
+  return build.make_model(
+    config, num_classes=num_classes, head_layer=config.head_layer
+  )
+
+
+def make_step(config, model, optimizer, *, teacher):
+  """`train_step` with everything bound that a resolved config says.
+
+  >>> config = cli.load_recipe("digits", stage="distill")
+  >>> taught, _ = checkpoint.load("runs/finetuned")
+  >>> resolve_student(config, taught)
+  >>> build.resolve(config)
+  distill: ResNet-18 ...
+  >>> model, teacher = [make_model(c, num_classes=10) for c in (config, taught)]
+  >>> optimizer = build.make_optimizer(config, lambda step: 0.1)
+  >>> make_step(config, model, optimizer, teacher=teacher).func is train_step
+  True
+  """
+  return functools.partial(
+    train_step,
+    model=model,
+    teacher=teacher,
+    optimizer=optimizer,
+    view_fn=build.crop_flip(config),
+    distillation_fn=functools.partial(
+      losses.distillation_loss,
+      temperature=config.loss.temperature,
+      scale_by_temperature=config.loss.scale_by_temperature,
+    ),
+    label_weight=config.loss.label_weight,
+  )
+
+
+def load_teacher(config):
+  """Reads `config.teacher` as `checkpoint.load_described` does.
+
+  Raises:
+    UserError: no run is there, or one without a classifier.
+
+  >>> config = cli.load_recipe("digits", stage="distill")
+  >>> config.teacher = "runs/finetuned"
+  >>> taught, variables, about = load_teacher(config)
+  >>> len(about["label_names"])
+  10
+  """
+  if not config.teacher:
+    raise UserError(
+      "config.teacher is empty; give the directory of a fine-tuned run: "
+      "--config.teacher=DIR."
+    )
+  taught, variables, about = checkpoint.load_described(
+    config.teacher, field="config.teacher"
+  )
+  if "classifier" not in variables["params"] or taught.stage == "pretrain":
+    raise UserError(
+      f"config.teacher: {config.teacher} holds a {taught.stage} run, which has "
+      "no classifier to learn from; fine-tune it first."
+    )
+  return taught, variables, about
+
+
 def train_and_evaluate(config, workdir) -> dict:
   """Distils the teacher into a student as `config` says and evaluates it.
 
@@ -144,22 +211,8 @@ def train_and_evaluate(config, workdir) -> dict:
       f"config.loss.label_weight is {config.loss.label_weight:g}; it must be "
       "at most 1, which is labels alone."
     )
-  if not config.teacher:
-    raise UserError(
-      "config.teacher is empty; give the directory of a fine-tuned run: "
-      "--config.teacher=DIR."
-    )
-  taught, teacher_variables, about = checkpoint.load_described(
-    config.teacher, field="config.teacher"
-  )
-  if "classifier" not in teacher_variables["params"] or (
-    taught.stage == "pretrain"
-  ):
-    raise UserError(
-      f"config.teacher: {config.teacher} holds a {taught.stage} run, which has "
-      "no classifier to learn from; fine-tune it first."
-    )
-  _resolve_student(config, taught)
+  taught, teacher_variables, about = load_teacher(config)
+  resolve_student(config, taught)
   build.resolve(config)
   train, test = data.open_splits(
     config, workdir, channels=build.channels(teacher_variables)
@@ -178,12 +231,7 @@ def train_and_evaluate(config, workdir) -> dict:
   elif config.loss.label_weight:
     train = _hide_labels(train, about["labels_used"])
   num_steps = config_lib.num_steps(config, len(train))
-  teacher = build.make_model(
-    taught, num_classes=len(label_names), head_layer=taught.head_layer
-  )
-  model = build.make_model(
-    config, num_classes=len(label_names), head_layer=config.head_layer
-  )
+  model = make_model(config, num_classes=len(label_names))
   loaded = None
   if config.pretrained:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
@@ -196,23 +244,12 @@ def train_and_evaluate(config, workdir) -> dict:
   variables = build.init(config, model, train, loaded)
   schedule = build.make_schedule(config, len(train), num_steps)
   overview.show(config, variables["params"], loaded=loaded and loaded["params"])
-  optimizer = optimizers.make_optimizer(
-    config.optim.name,
-    learning_rate=schedule,
-    weight_decay=config.optim.weight_decay,
-  )
-  step_fn = functools.partial(
-    train_step,
-    model=model,
-    teacher=teacher,
-    optimizer=optimizer,
-    view_fn=build.crop_flip(config),
-    distillation_fn=functools.partial(
-      losses.distillation_loss,
-      temperature=config.loss.temperature,
-      scale_by_temperature=config.loss.scale_by_temperature,
-    ),
-    label_weight=config.loss.label_weight,
+  optimizer = build.make_optimizer(config, schedule)
+  step_fn = make_step(
+    config,
+    model,
+    optimizer,
+    teacher=make_model(taught, num_classes=len(label_names)),
   )
   state, metrics = loop.run(
     build.init_state(variables, optimizer),
@@ -253,8 +290,14 @@ def _check_teacher_unchanged(config, workdir, about: dict) -> None:
     )
 
 
-def _resolve_student(config, taught) -> None:
-  """Fields of the student that were not given are the teacher's."""
+def resolve_student(config, taught) -> None:
+  """Fields of the student that were not given are the teacher's.
+
+  >>> config = cli.load_recipe("digits", stage="distill")
+  >>> resolve_student(config, checkpoint.load("runs/finetuned")[0])
+  >>> config.model.width
+  0.0625
+  """
   where = f"the teacher {config.teacher}"
   theirs = config_lib.flat(taught)
   config_lib.inherit(config, theirs, build.VIEW, where=where)

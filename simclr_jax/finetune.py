@@ -16,7 +16,6 @@ from simclr_jax import (
   loop,
   losses,
   models,
-  optimizers,
   overview,
   parallel,
   rundir,
@@ -41,7 +40,7 @@ def train_step(state, batch, key, *, model, optimizer, view_fn):
   Returns:
     The next state, and metrics that are equal on all devices.
 
-  >>> from simclr_jax import augment, network
+  >>> from simclr_jax import augment, network, optimizers
   >>> net = network.load("runs/finetuned")
   >>> optimizer = optimizers.lars(0.1, weight_decay=0.0)
   >>> step_fn = functools.partial(
@@ -84,6 +83,60 @@ def train_step(state, batch, key, *, model, optimizer, view_fn):
   return state, metrics | norms
 
 
+def make_model(config, *, num_classes: int):
+  """The network that a resolved config says.
+
+  >>> config = cli.load_recipe("digits", stage="finetune")
+  >>> config.pretrained = "runs/pretrained"
+  >>> loaded = resolve_network(config)
+  >>> build.resolve(config)
+  finetune: ResNet-18 ...
+  >>> make_model(config, num_classes=10).classifier.features
+  10
+  """
+  return build.make_model(
+    config,
+    num_classes=num_classes,
+    head_layer=config.head_layer,
+    freeze_after_block=config.freeze_after_block,
+    zero_init_classifier=True,
+  )
+
+
+def make_trainable(config):
+  """Parameters -> which of them train; see `models.trainable`.
+
+  >>> config = cli.load_recipe("digits,linear", stage="finetune")
+  >>> make_trainable(config)(
+  ...   {"encoder": {"stem": 0}, "classifier": {"bias": 0}}
+  ... )
+  {'classifier': {'bias': True}, 'encoder': {'stem': False}}
+  """
+  return functools.partial(
+    models.trainable,
+    freeze_after_block=config.freeze_after_block,
+    train_head_layer=config.train_head_layer,
+    head_layer=config.head_layer,
+  )
+
+
+def make_step(config, model, optimizer):
+  """`train_step` with everything bound that a resolved config says.
+
+  >>> from simclr_jax import network
+  >>> net = network.load("runs/finetuned")
+  >>> optimizer = build.make_optimizer(net.config, lambda step: 0.1)
+  >>> make_step(net.config, net.model, optimizer).func is train_step
+  True
+  """
+  return functools.partial(
+    train_step,
+    model=model,
+    optimizer=optimizer,
+    view_fn=build.crop_flip(config),
+  )
+
+
 def train_and_evaluate(config, workdir) -> dict:
   """Trains a classifier as `config` says and evaluates it.
 
@@ -106,7 +159,7 @@ def train_and_evaluate(config, workdir) -> dict:
   'finetune 1%'
   """
   config, workdir = build.start(config), storage.path(workdir)
-  loaded = _resolve_network(config)
+  loaded = resolve_network(config)
   build.resolve(config)
   train, test = data.open_splits(
     config, workdir, channels=build.channels(loaded)
@@ -117,46 +170,25 @@ def train_and_evaluate(config, workdir) -> dict:
   )
   num_steps = config_lib.num_steps(config, len(train))
   linear = config.freeze_after_block == 4
-  model = build.make_model(
-    config,
-    num_classes=train.num_classes,
-    head_layer=config.head_layer,
-    freeze_after_block=config.freeze_after_block,
-    zero_init_classifier=True,
-  )
+  model = make_model(config, num_classes=train.num_classes)
   build.check_views(build.crop_flip(config), config, train)
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
     return done
 
   variables = build.init(config, model, train, loaded)
-  trainable = models.trainable(
-    variables["params"],
-    freeze_after_block=config.freeze_after_block,
-    train_head_layer=config.train_head_layer,
-    head_layer=config.head_layer,
-  )
+  trainable = make_trainable(config)
   schedule = build.make_schedule(config, len(train), num_steps)
   overview.show(
     config,
     variables["params"],
-    trainable=trainable,
+    trainable=trainable(variables["params"]),
     loaded=loaded and loaded["params"],
   )
-  optimizer = optimizers.make_optimizer(
-    config.optim.name,
-    learning_rate=schedule,
-    weight_decay=config.optim.weight_decay,
-    trainable=trainable,
-  )
+  optimizer = build.make_optimizer(config, schedule, trainable=trainable)
   state, metrics = loop.run(
     build.init_state(variables, optimizer),
-    functools.partial(
-      train_step,
-      model=model,
-      optimizer=optimizer,
-      view_fn=build.crop_flip(config),
-    ),
+    make_step(config, model, optimizer),
     build.host_batches(config, train, num_steps),
     config=config,
     workdir=workdir,
@@ -189,8 +221,14 @@ def train_and_evaluate(config, workdir) -> dict:
   return result
 
 
-def _resolve_network(config) -> dict | None:
-  """Takes network and view from the checkpoint; returns its variables."""
+def resolve_network(config) -> dict | None:
+  """Takes network and view from the checkpoint; returns its variables.
+
+  >>> config = cli.load_recipe("digits", stage="finetune")
+  >>> config.pretrained = "runs/pretrained"
+  >>> sorted(resolve_network(config)), config.model.width
+  (['batch_stats', 'params'], 0.0625)
+  """
   names = (*build.ENCODER, *build.HEAD, *build.VIEW)
   if not config.pretrained:
     scratch = {name: config.scratch[name.split(".")[1]] for name in names}

@@ -1,37 +1,33 @@
-"""What a pretraining run will need, before it runs: memory, FLOPs, hours.
+"""What a run will need, before it runs: memory, FLOPs, hours.
 
 python -m simclr_jax.plan --config=pretrain.py:imagenet [--config.FIELD=VALUE]
     [--devices=8] [--memory_gib=80] [--peak_tflops=989] [--utilisation=0.4]
     [--images=1281167] [--output=plan.json]
 
-The step is compiled, not run, and nothing of its size is allocated. On a CPU
-that is an estimate of what an accelerator needs: XLA's own convolution is
-compiled instead of this package's, and bfloat16, which CPUs compute in float32,
-counts as half of the float32 program.
+The recipe may be of any stage. The step is compiled, not run; `needs.py` says
+what a CPU's estimate of an accelerator's needs is.
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from simclr_jax import (
   build,
   cli,
+  data,
   diagnostics,
-  memory,
-  optimizers,
-  parallel,
+  distill,
+  finetune,
   pretrain,
   sources,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
-from simclr_jax.train_state import TrainState
+from simclr_jax.needs import PREFETCHED, estimate
 
 FLAGS: dict[str, Any] = {
   "devices": 0,  # of the run; 0: those of this machine
@@ -42,97 +38,6 @@ FLAGS: dict[str, Any] = {
   "output": "",  # a JSON file
 }
 BLOCK = 256  # pairs a time, where a blockwise loss is tried
-PREFETCHED = 2  # batches that wait on the device beside the one in use
-
-
-def estimate(config, *, num_devices: int, num_classes=1000, channels=3) -> dict:
-  """Compiles the step of `config` and reads what it needs.
-
-  Args:
-    config: of pretraining, resolved.
-    num_devices: of this process, all of them.
-    num_classes: of the probe, where config.probe says that there is one.
-    channels: of the images.
-
-  Returns:
-    For each device, in bytes: "state", "input" (the batch in use and those
-    prefetched), "activations" (all that the step needs in between), "total";
-    "flops" of a step; "seconds" that compiling took.
-
-  >>> config = cli.load_recipe("digits,width=0.0625", stage="pretrain")
-  >>> build.resolve(config)
-  pretrain: ResNet-18 ...
-  >>> found = estimate(config, num_devices=jax.device_count(), channels=1)
-  >>> found["total"] > found["state"] > 0
-  True
-  """
-  size, canvas = config.data.image_size, config.data.canvas_size
-  on_cpu = jax.default_backend() == "cpu"
-  halved = on_cpu and config.model.dtype == "bfloat16"
-  compiled_as = config.copy_and_resolve_references()
-  if halved:
-    config_lib.set_field(compiled_as, "model.dtype", "float32")
-  if on_cpu and config.model.conv == "auto":
-    config_lib.set_field(compiled_as, "model.conv", "xla")
-  probe = bool(config.probe and num_classes)
-  model = build.make_model(
-    compiled_as,
-    num_classes=num_classes if probe else None,
-    head_layer=0,
-    probe=True,
-  )
-  optimizer = optimizers.make_optimizer(
-    config.optim.name,
-    learning_rate=lambda step: 0.1,
-    weight_decay=config.optim.weight_decay,
-  )
-
-  def init():
-    images = jnp.zeros((2, size, size, channels), compiled_as.model.dtype)
-    variables = model.init(jax.random.key(0), images)
-    state = TrainState(
-      step=jnp.int32(0),
-      opt_state=optimizer.init(variables["params"]),
-      **variables,
-    )
-    if not config.memory.size:
-      return state
-    return memory.remember(
-      state,
-      size=config.memory.size,
-      dim=config.head.dim,
-      dtype=build.view_dtype(config),
-    )
-
-  state = jax.eval_shape(init)
-  n = config.batch_size // num_devices
-  batch = {
-    "image": jax.ShapeDtypeStruct((n, canvas, canvas, channels), jnp.uint8),
-    "size": jax.ShapeDtypeStruct((n, 2), jnp.int32),
-    "label": jax.ShapeDtypeStruct((n,), jnp.int32),
-  }
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((num_devices, *x.shape), x.dtype),
-    (state, batch, jax.eval_shape(lambda: jax.random.key(0))),
-  )
-  step = pretrain.make_step(compiled_as, model, optimizer, probe=probe)
-  begin = time.perf_counter()
-  compiled = parallel.pmap(step, donate_argnums=0).lower(*shapes).compile()
-  temporary = compiled.memory_analysis().temp_size_in_bytes
-  found = {
-    "state": _bytes(state),
-    "input": _bytes(batch) * (1 + PREFETCHED),
-    "activations": temporary // 2 if halved else temporary,
-  }
-  return found | {
-    "total": sum(found.values()),
-    "flops": compiled.cost_analysis()["flops"],
-    "seconds": time.perf_counter() - begin,
-  }
-
-
-def _bytes(tree) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def ways(config, *, num_devices: int) -> list[tuple[str, dict]]:
@@ -145,7 +50,8 @@ def ways(config, *, num_devices: int) -> list[tuple[str, dict]]:
   found: list[tuple[str, dict]] = []
   if config.model.dtype == "float32":
     found.append(("model.dtype=bfloat16", {"model.dtype": "bfloat16"}))
-  if not config.loss.block_size and config.batch_size // num_devices > BLOCK:
+  pairs = config.batch_size // num_devices
+  if not config_lib.flat(config).get("loss.block_size", 1) and pairs > BLOCK:
     found.append((f"loss.block_size={BLOCK}", {"loss.block_size": BLOCK}))
   if not config.model.remat:
     found.append(("model.remat=true", {"model.remat": True}))
@@ -165,7 +71,7 @@ def plan(config, **options) -> dict:
   """Prints the plan of a run and returns it.
 
   Args:
-    config: of pretraining, as a recipe makes it.
+    config: of a stage, as a recipe makes it.
     **options: those of FLAGS, but for output.
 
   Returns:
@@ -188,9 +94,10 @@ def plan(config, **options) -> dict:
   if config.model.dtype == "auto" and on_cpu:
     config_lib.set_field(config, "model.dtype", "bfloat16")
   config_lib.check(config, num_devices=num_devices)
-  pretrain.resolve_network(config)
+  described = _resolve_network(config)
   build.resolve(config)
-  images, described = _images(config, options["images"])
+  images, found = _images(config, options["images"])
+  described = found | described
   num_steps = config.num_steps
   if images:
     num_steps = config_lib.num_steps(config, images)
@@ -223,6 +130,21 @@ def plan(config, **options) -> dict:
   return result
 
 
+def _resolve_network(config) -> dict:
+  """Takes from another run what the stage does; returns what is known of it."""
+  if config.stage == "distill":
+    taught, variables, about = distill.load_teacher(config)
+    distill.resolve_student(config, taught)
+    return {
+      "taught": taught,
+      "num_classes": len(about["label_names"]),
+      "channels": build.channels(variables),
+    }
+  stage = {"pretrain": pretrain, "finetune": finetune}[config.stage]
+  loaded = stage.resolve_network(config)
+  return {"channels": build.channels(loaded)} if loaded else {}
+
+
 def _check(options: dict) -> None:
   if not 0 < options["utilisation"] <= 1:
     raise UserError(
@@ -242,7 +164,7 @@ def _check(options: dict) -> None:
 
 
 def _images(config, given: int) -> tuple[int, dict]:
-  """(number of images or 0, what is known of them)."""
+  """(number of images that train or 0, what is known of all)."""
   try:
     source = sources.make_source(
       config.data.name,
@@ -258,11 +180,23 @@ def _images(config, given: int) -> tuple[int, dict]:
         f"plan: {config.data.name} cannot be opened, so the number of steps is "
         f"not known; give --images=N. ({error})"
       )
-    return given, {}
-  return given or len(source), {
+    return _training(config, given, None), {}
+  return _training(config, given or len(source), source), {
     "num_classes": source.num_classes,
     "channels": source.channels,
   }
+
+
+def _training(config, images: int, source) -> int:
+  """How many of the dataset's images train."""
+  if config.stage != "finetune" or not images:
+    return images
+  if source is not None and source.labels is not None:
+    return len(data.label_subset(source.labels, **build.label_choice(config)))
+  if config.labels_per_class:
+    classes = source.num_classes if source is not None else 0
+    return min(config.labels_per_class * classes, images)
+  return max(int(images * config.label_percent / 100), 1)
 
 
 def _show(result: dict, options: dict, peak: float | None, on_cpu: bool):
@@ -271,7 +205,7 @@ def _show(result: dict, options: dict, peak: float | None, on_cpu: bool):
   print(f"plan: compiled for {where} in {result['seconds']:.0f} s{note}")
   print("  on each device")
   for name, text in (
-    ("state", "parameters, moving averages, optimizer"),
+    ("state", "parameters, moving averages, optimizer (and teacher)"),
     ("input", f"the batch and {PREFETCHED} more that wait"),
     ("activations", "everything between, at its most"),
     ("total", ""),
@@ -300,7 +234,9 @@ def main(argv=None) -> None:
   try:
     options, rest = _flags(argv)
     output = options.pop("output")
-    config, _ = cli.parse([*rest, "--workdir=none"], stage="pretrain")
+    given = [a.partition("=")[2] for a in rest if a.startswith("--config=")]
+    stage = cli.stage_of(given[-1]) if given else "pretrain"
+    config, _ = cli.parse([*rest, "--workdir=none"], stage=stage)
     if options["devices"] > 0:
       jax.config.update("jax_num_cpu_devices", options["devices"])
     if output and not Path(output).resolve().parent.is_dir():

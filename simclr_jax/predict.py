@@ -70,13 +70,20 @@ def make_predict(model, *, size: int, dtype, outputs: tuple[str, ...]):
 
   Returns:
     predict(variables, dataset, *, batch_size) -> {name: numpy [N, ...]}.
+    `labels` of a streamed dataset are then right on every host: -1 for a
+    damaged image that was dropped, another's where one is in its place.
   """
   stream = make_stream(model, size=size, dtype=dtype, outputs=outputs)
 
   def predict(variables, dataset, *, batch_size: int) -> dict:
     parts = list(stream(variables, dataset, batch_size=batch_size))
-    return {
-      name: np.concatenate([part[name] for part in parts]) for name in outputs
+    found = {
+      name: np.concatenate([part[name] for part in parts])
+      for name in ("label", *outputs)
     }
+    labels = found.pop("label")
+    if isinstance(dataset, data.Streamed):  # each host has read a part of it
+      dataset.note_labels(labels)
+    return found
 
   return predict

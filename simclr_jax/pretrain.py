@@ -17,7 +17,6 @@ from simclr_jax import (
   loop,
   losses,
   memory,
-  optimizers,
   overview,
   parallel,
   predict,
@@ -53,7 +52,7 @@ def train_step(
   Returns:
     The next state, and metrics that are equal on all devices.
 
-  >>> from simclr_jax import augment, network
+  >>> from simclr_jax import augment, network, optimizers
   >>> net = network.load("runs/pretrained")
   >>> optimizer = optimizers.lars(0.1, weight_decay=1e-4)
   >>> step_fn = functools.partial(
@@ -107,6 +106,23 @@ def train_step(
   return state, metrics | norms
 
 
+def make_model(config, *, num_classes: int):
+  """The network that a resolved config says, with the probe if there is one.
+
+  >>> config = build.start(cli.load_recipe("digits", stage="pretrain"))
+  >>> build.resolve(config)
+  pretrain: ResNet-18 ...
+  >>> make_model(config, num_classes=10).classifier.features
+  10
+  """
+  return build.make_model(
+    config,
+    num_classes=num_classes if config.probe and num_classes else None,
+    head_layer=0,
+    probe=True,
+  )
+
+
 def make_step(config, model, optimizer, *, probe: bool):
   """`train_step` with everything bound that a resolved config says.
 
@@ -114,7 +130,7 @@ def make_step(config, model, optimizer, *, probe: bool):
   >>> build.resolve(config)
   pretrain: ResNet-18 ...
   >>> model = build.make_model(config, num_classes=None, head_layer=0)
-  >>> optimizer = optimizers.lars(0.1, weight_decay=1e-4)
+  >>> optimizer = build.make_optimizer(config, lambda step: 0.1)
   >>> step_fn = make_step(config, model, optimizer, probe=False)
   >>> step_fn.func is train_step
   True
@@ -184,12 +200,7 @@ def train_and_evaluate(config, workdir) -> dict:
   _check_labels_and_memory(config, train)
   num_steps = config_lib.num_steps(config, len(train))
   probe = config.probe and train.num_classes > 0
-  model = build.make_model(
-    config,
-    num_classes=train.num_classes if probe else None,
-    head_layer=0,
-    probe=True,
-  )
+  model = make_model(config, num_classes=train.num_classes)
   build.check_views(build.two_views(config), config, train)
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
@@ -198,11 +209,7 @@ def train_and_evaluate(config, workdir) -> dict:
   variables = build.init(config, model, train, loaded)
   schedule = build.make_schedule(config, len(train), num_steps)
   overview.show(config, variables["params"], loaded=loaded and loaded["params"])
-  optimizer = optimizers.make_optimizer(
-    config.optim.name,
-    learning_rate=schedule,
-    weight_decay=config.optim.weight_decay,
-  )
+  optimizer = build.make_optimizer(config, schedule)
   step_fn = make_step(config, model, optimizer, probe=probe)
   state = build.init_state(variables, optimizer)
   if config.memory.size:
@@ -259,6 +266,11 @@ def resolve_network(config) -> dict | None:
   """Takes network and view from `config.pretrained`; returns its variables.
 
   Fields that are as the recipe has them were not given and give way.
+
+  >>> config = cli.load_recipe("digits", stage="pretrain")
+  >>> config.pretrained = "runs/pretrained"
+  >>> sorted(resolve_network(config)), config.model.width
+  (['batch_stats', 'params'], 0.0625)
   """
   if not config.pretrained:
     return None

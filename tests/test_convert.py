@@ -3,6 +3,7 @@
 names_*.json: the variables of graphs that the official code built (TF 1.15.4).
 """
 
+import importlib.util
 import json
 import re
 import struct
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from simclr_jax import (
@@ -22,7 +24,9 @@ from simclr_jax import (
   embed,
   finetune,
   models,
+  network,
   pretrain,
+  storage,
   tf_bundle,
   tf_names,
 )
@@ -515,6 +519,84 @@ def test_command_refuses(tmp_path, monkeypatch, capsys, argv, message):
   assert not (tmp_path / "run").exists()
 
 
+def test_repeated_class_names_get_their_number(tmp_path, monkeypatch, capsys):
+  """As "crane" and "maillot" in ImageNet's names."""
+  _, variables = small_network(num_classes=6)
+  monkeypatch.setattr(tf_bundle, "read", lambda path: variables)
+  monkeypatch.chdir(tmp_path)
+  names = ["crane", "dog", "maillot", "maillot", "crane", "cranes"]
+  (tmp_path / "names").write_text("\n".join(names) + "\n")
+  argv = ["--tensorflow_checkpoint=x", "--workdir=run", "--head_layer=1"]
+  convert.main([*argv, "--label_names=names"])
+  assert capsys.readouterr().out.splitlines()[0] == (
+    "--label_names: repeated names got their outputs' numbers: crane (0), "
+    "maillot (2), maillot (3), crane (4)"
+  )
+  assert network.load("run").label_names == (
+    "crane (0)",
+    "dog",
+    "maillot (2)",
+    "maillot (3)",
+    "crane (4)",
+    "cranes",
+  )
+
+
+@pytest.mark.parametrize(
+  "workdir, message",
+  [
+    ("gs://bucket/run", r"needs the package gcsfs: .*simclr_jax\[gcs\]"),
+    ("hdfs://host/run", r"must be a local path, gs://"),
+  ],
+)
+def test_a_bucket_that_cannot_be_reached(
+  tmp_path, monkeypatch, capsys, workdir, message
+):
+  _, variables = small_network()
+  monkeypatch.setattr(tf_bundle, "read", lambda path: variables)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit) as stopped:
+    convert.main(["--tensorflow_checkpoint=x", f"--workdir={workdir}"])
+  assert stopped.value.code == 2
+  error = capsys.readouterr().err
+  assert re.search(message, error) and error.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_gets_the_run(tmp_path, monkeypatch, capsys):
+  """A folder stands for the bucket; nothing is written beside it."""
+  _, variables = small_network()
+  monkeypatch.setattr(tf_bundle, "read", lambda path: variables)
+  monkeypatch.chdir(tmp_path)
+  bucket = epath.Path(tmp_path) / "bucket"
+
+  def root(workdir):
+    assert str(workdir).startswith("gs://")
+    return bucket / str(workdir).removeprefix("gs://")
+
+  monkeypatch.setattr(storage, "root", root)
+  argv = ["--tensorflow_checkpoint=x", "--workdir=gs://mine/run"]
+  convert.main(argv)
+  assert "into gs://mine/run" in capsys.readouterr().out
+  assert (tmp_path / "bucket/mine/run/config.json").exists()
+  assert [path.name for path in tmp_path.iterdir()] == ["bucket"]
+  with pytest.raises(SystemExit):
+    convert.main(argv)
+  assert "--workdir=gs://mine/run exists already" in capsys.readouterr().err
+
+  def lost(path):
+    raise ConnectionRefusedError(111, "Connection refused")
+
+  monkeypatch.setattr(type(bucket), "exists", lost)
+  with pytest.raises(SystemExit) as stopped:
+    convert.main(argv)
+  assert stopped.value.code == 2
+  assert capsys.readouterr().err == (
+    "error: --workdir=gs://mine/run cannot be read: Connection refused\n"
+  )
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
   """Runs converted from one checkpoint, and gray pictures in two folders."""
@@ -563,7 +645,7 @@ def test_pretraining_takes_over_the_network(converted):
   root, tree = converted
   config = cli.load_recipe("folder,depth=18", stage="pretrain")
   config_lib.set_field(config, "pretrained", str(root / "pretrained"))
-  loaded = pretrain._resolve_network(config)
+  loaded = pretrain.resolve_network(config)
   jax.tree.map(
     np.testing.assert_array_equal,
     loaded["params"]["projection_head"],

@@ -29,7 +29,7 @@ MODULES = sorted(
   if not info.name.endswith("__main__") and ".configs" not in info.name
 )
 # Each of their examples compiles a training step.
-SLOW = ("distill", "finetune", "plan", "pretrain")
+SLOW = ("distill", "finetune", "needs", "plan", "pretrain")
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

@@ -757,7 +757,7 @@ def test_a_file_of_ids_chooses_the_labels(tmp_path):
   for weight, expected in ((0.0, ""), (0.5, config.data.label_ids)):
     student = cli.load_recipe("folder", stage="distill")
     config_lib.set_field(student, "loss.label_weight", weight)
-    distill._resolve_student(student, config)
+    distill.resolve_student(student, config)
     assert student.data.label_ids == expected
 
 

@@ -21,10 +21,22 @@ import pytest
 if __name__ == "__main__":
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import test_folder
 import test_loop
 import test_steps
 
-from simclr_jax import checkpoint, loop, parallel, rundir
+from simclr_jax import (
+  build,
+  checkpoint,
+  cli,
+  data,
+  loop,
+  parallel,
+  pretrain,
+  probes,
+  rundir,
+)
+from simclr_jax import config as config_lib
 
 BATCH = 16
 
@@ -72,13 +84,51 @@ def train_toy(workdir, num_steps, *, sleep=0.0):
   return test_loop.train(workdir, num_steps, batches=batches, config=config)[0]
 
 
+def score_damaged(workdir):
+  """Prints which labels kNN and two classifiers are scored with, as JSON."""
+  seen, knn, top_k = {}, probes.knn, probes.top_k
+
+  def spy_knn(x, y, test_x, test_y, **options):
+    seen.update(bank=y.tolist(), knn=test_y.tolist())
+    return knn(x, y, test_x, test_y, **options)
+
+  def spy_top_k(logits, labels, **options):
+    seen["logits"] = np.asarray(labels).tolist()
+    return top_k(logits, labels, **options)
+
+  probes.knn, probes.top_k = spy_knn, spy_top_k
+  config = cli.load_recipe("digits", stage="pretrain")
+  for name, value in {
+    "batch_size": BATCH,
+    "data.name": f"folder:{pathlib.Path(workdir).parent / 'images'}",
+    "data.canvas_size": 8,
+    "data.image_size": 8,
+    "data.memory_gib": 1e-9,
+    "data.on_error": "skip",
+    "model.dtype": "float64",
+  }.items():
+    config_lib.set_field(config, name, value)
+  model = test_steps.network(head_layer=0, probe=True)
+  state = parallel.replicate(test_steps.initial(model))
+  for name in ("probe", "classifier"):
+    train, test = data.open_splits(config, workdir)
+    evaluate = (
+      pretrain._make_evaluate(config, model, train, test)
+      if name == "probe"
+      else build.make_evaluate(config, model, test)
+    )
+    evaluate(state)
+    seen[name] = seen.pop("logits")
+  print(f"labels {json.dumps(seen)}", flush=True)
+
+
 def main(options):
   rundir._check_shared.__kwdefaults__["seconds"] = 1
   jax.config.update("jax_enable_x64", True)
   parallel.initialize(heartbeat_seconds=10)
   with parallel.together():
-    kind = {"tiny": train_tiny, "toy": train_toy}[options.pop("kind")]
-    kind(**options)
+    kinds = {"tiny": train_tiny, "toy": train_toy, "damaged": score_damaged}
+    kinds[options.pop("kind")](**options)
 
 
 class Processes:
@@ -159,6 +209,36 @@ def test_processes_continue_what_one_began(whole, tmp_path, count):
 def saved_state(workdir, step):
   with checkpoint.open_manager(workdir, keep=2) as manager:
     return checkpoint._read(manager, step)[0]
+
+
+def test_damaged_images_count_alike_on_all_hosts(tmp_path):
+  """Each host reads half of them, and all score with the labels of both."""
+  files = {
+    f"{split}/{'ab'[i // 8]}/{i:02}.png": b"damaged" if i in bad else 9 * i
+    for split, bad in (("train", (6, 11)), ("test", (4, 12)))
+    for i in range(16)
+  }
+  test_folder.write_tree(tmp_path / "images", files)
+  expected = np.repeat([0, 1], 8)
+  expected[[4, 12]] = -1
+  # From memory every host has read every image.
+  bank = data.load(
+    test_folder.open_tree(tmp_path / "images"), canvas_size=8, on_error="skip"
+  ).labels
+  changed = np.flatnonzero(bank != np.repeat([0, 1], 8))
+  assert {*changed // 8} == {0, 1}, "other replacements are needed"
+  codes, outputs = Processes(
+    tmp_path, kind="damaged", workdir=str(tmp_path / "run")
+  ).end()
+  assert codes == [0, 0], outputs
+  for output in outputs:
+    (line,) = (x for x in output.splitlines() if x.startswith("labels "))
+    assert json.loads(line.removeprefix("labels ")) == {
+      "bank": bank.tolist(),
+      "knn": expected.tolist(),
+      "probe": expected.tolist(),
+      "classifier": expected.tolist(),
+    }
 
 
 def test_a_workdir_that_is_not_shared(tmp_path):

@@ -20,8 +20,11 @@ PACKAGE = ROOT / "simclr_jax"
 # A module imports only from the layers above its own, never from a sibling.
 # A package (augment, sources) counts as one module. `config` is for all.
 LAYERS = (
+  ("errors", {"errors"}),
+  ("fields", {"fields"}),
   ("base", {"config"}),
   ("places", {"storage"}),
+  ("parts", {"layers", "train_state"}),
   (
     "leaves",
     {
@@ -40,7 +43,6 @@ LAYERS = (
       "signals",
       "sources",
       "tf_bundle",
-      "train_state",
       "watchdog",
     },
   ),
@@ -64,6 +66,7 @@ LAYERS = (
   ("trained", {"network"}),
   ("written", {"model_card"}),
   ("stages", {"pretrain", "finetune", "distill"}),
+  ("compiled", {"needs"}),
   (
     "tools",
     {

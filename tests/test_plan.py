@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from made_run import make_run
 
 from simclr_jax import build, cli, parallel, plan, pretrain
 from simclr_jax.config import UserError, set_field
@@ -225,3 +226,30 @@ def test_the_command(tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_the_other_stages_are_planned(tmp_path):
+  """State by hand: frozen parameters have no momentum, a teacher has none."""
+
+  def numbers(variables):
+    return 4 * sum(x.size for x in jax.tree.leaves(variables))
+
+  names = [str(i) for i in range(10)]
+  _, before = make_run(tmp_path / "before", stage="pretrain", channels=1)
+  _, tuned = make_run(
+    tmp_path / "tuned", channels=1, num_classes=10, names=names
+  )
+  config = cli.load_recipe("digits,linear", stage="finetune")
+  config.pretrained = str(tmp_path / "before")
+  config.label_percent, config.num_steps, config.num_epochs = 10.0, 0, 9.0
+  found = plan.plan(config)
+  classifier = 4 * 10 * (32 + 1)  # kernel and bias, with Adam's two moments
+  assert 0 <= found["state"] - numbers(before) - 3 * classifier <= 16
+  assert found["num_steps"] == 9 * 143 // 64 + 1  # of a tenth of the images
+  config = cli.load_recipe("digits", stage="distill")
+  config.teacher = str(tmp_path / "tuned")
+  found = plan.plan(config)
+  student = numbers(tuned) + numbers(tuned["params"])
+  assert 0 <= found["state"] - student - numbers(tuned) <= 8
+  assert found["flops"] > 0

@@ -125,7 +125,7 @@ def test_a_source_works_like_a_sequence():
     (
       "",
       "train",
-      'data.name is ""; it must be digits, tfds:NAME or folder:PATH',
+      'data.name is ""; it must be digits, tfds:NAME or folder:PATH.',
     ),
     (
       "tfds:",
@@ -420,7 +420,7 @@ MESSAGES = {
     "??",
     "train",
     "{empty}",
-    "tfds:?? is neither in {empty} nor a dataset that TFDS knows",
+    "tfds:?? is neither in {empty} nor a dataset that TFDS knows.",
   ),
 }
 
@@ -648,15 +648,61 @@ def test_exif_orientation(orientation, decoder):
   close(decode(record, channels=3), np.array(upright), within=8)
 
 
-@pytest.mark.skipif(not HAS_SIMPLEJPEG, reason="simplejpeg is not installed")
+needs_simplejpeg = pytest.mark.skipif(
+  not HAS_SIMPLEJPEG, reason="simplejpeg is not installed"
+)
+
+
+def decoders_differ(record, monkeypatch, **options):
+  """The largest difference of the two decoders, or their unequal shapes."""
+  fast = decode(record, **options)
+  with monkeypatch.context() as patch:
+    patch.setattr(decode_module, "simplejpeg", None)
+    slow = decode(record, **options)
+  if fast.shape != slow.shape:
+    return fast.shape, slow.shape
+  return int(np.abs(fast.astype(int) - slow).max())
+
+
+@needs_simplejpeg
 @pytest.mark.parametrize("max_size", [0, 200, 97, 40])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_both_decoders_give_the_same_pixels(channels, max_size, monkeypatch):
-  record = encode(photo(150, 203), "JPEG", quality=75)
-  fast = decode(record, channels=channels, max_size=max_size)
-  monkeypatch.setattr(decode_module, "simplejpeg", None)
-  slow = decode(record, channels=channels, max_size=max_size)
-  np.testing.assert_array_equal(fast, slow)
+  noise = np.random.default_rng(0).integers(0, 256, (150, 203, 3), np.uint8)
+  for pixels in (photo(150, 203), noise, noise[..., 0]):
+    for kind in ({"subsampling": 0}, {}, {"progressive": True}):
+      record = encode(pixels, "JPEG", quality=75, **kind)
+      options = {"channels": channels, "max_size": max_size}
+      assert decoders_differ(record, monkeypatch, **options) == 0, kind
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("channels", [1, 3])
+def test_both_decoders_take_the_same_scale(channels, monkeypatch):
+  """A half of 511 pixels is 256, which Pillow does not take for 256."""
+  sides = (17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 200, 255, 257)
+  sizes = [(height, width, 16) for height in sides for width in sides]
+  sizes += [(3, side, 16) for side in range(17, 300, 6)]
+  sizes += [(511, 511, 256), (1023, 1023, 256), (513, 700, 240)]
+  noise = np.random.default_rng(0).integers(0, 256, (1023, 1023, 3), np.uint8)
+  differ = {}
+  for height, width, max_size in sizes:
+    record = encode(noise[:height, :width], "JPEG", quality=75)
+    options = {"channels": channels, "max_size": max_size}
+    if found := decoders_differ(record, monkeypatch, **options):
+      differ[height, width, max_size] = found
+  assert not differ, f"{len(differ)} of {len(sizes)}"
+
+
+def test_exif_is_found_in_jpegs():
+  """Where the image may have to be turned, it is not copied or decoded fast."""
+  plain = encode(photo(24, 40), "JPEG")
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6
+  turned = encode(photo(24, 40), "JPEG", exif=exif)
+  assert [decode_module.has_exif(r) for r in (plain, turned)] == [False, True]
+  far = plain + bytes(1 << 16) + b"Exif\0"
+  assert not decode_module.has_exif(far), "looked for among the pixels"
 
 
 @pytest.mark.parametrize(

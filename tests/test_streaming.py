@@ -13,7 +13,7 @@ from test_sources import encode, photo
 
 from simclr_jax import data
 from simclr_jax.config import UserError
-from simclr_jax.data import memory
+from simclr_jax.data import cache, memory, stream
 from simclr_jax.sources import make_source
 
 
@@ -246,8 +246,25 @@ def test_evaluation_leaves_damaged_images_out(tree, good):
   gone = batch["label"] == -1
   assert gone.sum() == 5
   assert not batch["image"][gone].any()
+  np.testing.assert_array_equal(streamed.labels, source.labels)
+  streamed.note_labels(batch["label"])
   np.testing.assert_array_equal(streamed.labels, batch["label"])
   assert (source.labels >= 0).all(), "the source keeps its own"
+
+
+def test_a_damaged_image_reads_no_labels(tree, monkeypatch):
+  """The threads that decode would wait for themselves."""
+
+  def scan_labels(*args):
+    raise AssertionError(threading.current_thread().name)
+
+  monkeypatch.setattr(stream, "scan_labels", scan_labels)
+  source = dataclasses.replace(open_tree(tree), labels=None)
+  streamed = tiny_budget(source, on_error="drop")
+  batch = streamed.gather(np.arange(40))
+  assert (batch["label"] == -1).sum() == 5
+  streamed.note_labels(batch["label"])
+  np.testing.assert_array_equal(streamed.labels, batch["label"])
 
 
 def test_no_good_image_at_all(tmp_path):
@@ -344,7 +361,7 @@ def test_a_full_disk_does_not_end_the_run(
   class Full:
     free = 10
 
-  monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: Full)
+  monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: Full)
   dataset = data.open_dataset(good, canvas_size=8, cache_dir=tmp_path)
   assert len(dataset) == 35
   assert capsys.readouterr().out == (
@@ -385,7 +402,8 @@ def test_second_start_on_real_cifar10(shared, tmp_path):
     np.zeros(50000, np.int32),
     source.label_names,
   )
-  memory._to_cache(memory._cache_folder(source, 32, tmp_path), decoded)
+  folder = cache.images_folder(source, 32, tmp_path)
+  cache.write_images(folder, vars(decoded))
   begin = time.perf_counter()
   dataset = data.open_dataset(source, canvas_size=32, cache_dir=tmp_path)
   assert time.perf_counter() - begin < 2

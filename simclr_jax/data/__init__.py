@@ -2,7 +2,8 @@
 
 Batch t of a run is a pure function of (seed, t): nothing is stored, a run
 resumes at any step, and it is the same batch for any number of hosts, from
-memory or streamed.
+memory or streamed. (Where damaged images are skipped, a choice of few labels
+may fall on others when streamed: it is made before they are read.)
 """
 
 from simclr_jax.data.few_labels import label_subset

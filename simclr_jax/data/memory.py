@@ -2,18 +2,20 @@
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import math
 import os
-import shutil
+import socket
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from simclr_jax import config
-from simclr_jax.data import fetch
+from simclr_jax.data import cache, fetch
 from simclr_jax.data.stream import Streamed
 from simclr_jax.sources import Source
 
@@ -21,7 +23,6 @@ from simclr_jax.sources import Source
 _CHUNK = 256
 # What was decoded faster than this is not kept on disk.
 _CACHE_SECONDS = 1.0
-_CACHE_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +95,7 @@ def open_dataset(
   *,
   canvas_size: int,
   memory_gib: float = 0.0,
+  beside: Dataset | Streamed | None = None,
   cache_dir: str | os.PathLike = "",
   on_error: str = "raise",
   seed: int = 0,
@@ -106,7 +108,9 @@ def open_dataset(
     source: a `sources.Source`.
     canvas_size: S, the side of the square canvas in pixels.
     memory_gib: images of up to this many GiB (2**30 bytes) on their canvas
-      are kept in memory; 0 is half of the machine's (or container's) memory.
+      are kept in memory by each process; 0 is `budget_bytes`.
+    beside: an open dataset of this process; where it is in memory, its images
+      count as well.
     cache_dir: a local folder where decoded images (and the labels of streamed
       records) are kept for the next start, by content; "" for nowhere.
     on_error: at a damaged image, "raise" an error that names it; "skip" it:
@@ -127,21 +131,23 @@ def open_dataset(
   >>> len(open_dataset(source, canvas_size=8))
   360
   """
-  size = len(source) * canvas_size**2 * source.channels
+  shape = (len(source), canvas_size, canvas_size, source.channels)
+  size = math.prod(shape)
+  if isinstance(beside, Dataset):
+    size += beside.images.nbytes
   options = {
     "canvas_size": canvas_size,
     "on_error": on_error,
     "seed": seed,
     "on_skip": on_skip,
   }
-  if size > (memory_gib * 2**30 or memory_bytes() / 2):
+  if size > (memory_gib * 2**30 or budget_bytes()):
     return Streamed(source, **options, cache_dir=cache_dir)
-  folder = _cache_folder(source, canvas_size, cache_dir)
-  if folder and (dataset := _from_cache(folder, source, canvas_size)):
+  folder = cache.images_folder(source, canvas_size, cache_dir)
+  if folder and (kept := cache.read_images(folder, shape)):
     if on_error == "skip":
-      nothing = np.zeros(len(dataset), bool)
-      dataset = dataclasses.replace(dataset, replaced=nothing)
-    return dataset
+      kept["replaced"] = np.zeros(len(source), bool)
+    return Dataset(**kept, label_names=source.label_names)
   begin = time.perf_counter()
   dataset = load(source, **options, progress=progress)
   damaged = len(dataset) < len(source) or (
@@ -149,7 +155,7 @@ def open_dataset(
   )
   # Damage is told at each start, so it is not kept.
   if folder and not damaged and time.perf_counter() - begin > _CACHE_SECONDS:
-    _to_cache(folder, dataset)
+    cache.write_images(folder, vars(dataset))
   return dataset
 
 
@@ -263,48 +269,21 @@ def memory_bytes() -> int:
   return min(limits)
 
 
-# -- kept on disk -------------------------------------------------------------
+def budget_bytes() -> int:
+  """Bytes of images that a process keeps in memory, unless it is told.
 
+  Half of the memory, divided by the processes of this host; where hosts
+  differ, the least, so that all keep or stream the same. Every process of a
+  run must call it.
 
-def _cache_folder(source, canvas_size, cache_dir):
-  """Where the decoded images of this content are, None for nowhere."""
-  if not cache_dir or not source.fingerprint:
-    return None
-  key = f"{_CACHE_FORMAT} {canvas_size} {source.channels} {source.fingerprint}"
-  return Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:24]
-
-
-_ARRAYS = ("images", "sizes", "labels")
-
-
-def _from_cache(folder, source, canvas_size):
-  """What `_to_cache` wrote, or None."""
-  try:
-    arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
-  except (OSError, ValueError, EOFError):  # Not there, or damaged.
-    return None
-  shape = (len(source), canvas_size, canvas_size, source.channels)
-  if arrays["images"].shape != shape:
-    return None
-  return Dataset(**arrays, label_names=source.label_names)
-
-
-def _to_cache(folder, dataset):
-  """Writes to another name first: what is there is whole."""
-  partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-  try:
-    partial.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(partial).free < 2 * dataset.images.nbytes:
-      raise OSError(28, "little space is left")
-    for name in _ARRAYS:
-      np.save(partial / f"{name}.npy", getattr(dataset, name))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-  except OSError as error:  # The run does not need it.
-    shutil.rmtree(partial, ignore_errors=True)
-    if not folder.exists():  # Another process may have been faster.
-      print(
-        f"note: decoded images are not kept in {folder.parent} "
-        f"({error.strerror})",
-        flush=True,
-      )
+  >>> budget_bytes() <= memory_bytes() / 2
+  True
+  """
+  here = np.array([[zlib.crc32(socket.gethostname().encode()), memory_bytes()]])
+  if jax.distributed.is_initialized():  # jax.process_count() takes the GPU.
+    # As bytes, because JAX would make them 32 bits wide.
+    parts = multihost_utils.process_allgather(here.view(np.uint8)[0])
+    here = parts.view(here.dtype)
+  hosts, memory = here.T
+  sharing = (hosts == hosts[:, None]).sum(axis=0)
+  return int((memory // (2 * sharing)).min())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from simclr_jax.config import UserError
-from simclr_jax.data import fetch
+from simclr_jax.data import cache, fetch
 from simclr_jax.sources import Source
 from simclr_jax.sources.labels_csv import shown
 
@@ -35,10 +35,8 @@ def scan_labels(
   content = "\n".join([source.fingerprint, *sorted(listed)])
   digest = hashlib.sha256(content.encode()).hexdigest()[:24]
   file = Path(cache_dir) / f"labels-{digest}.npy"
-  if cache_dir and file.exists():
-    labels = np.load(file)
-    if len(labels) == len(source):
-      return labels
+  if cache_dir and (labels := _kept(file, len(source))) is not None:
+    return labels
   found: set[str] = set()
 
   def scan(start):
@@ -59,11 +57,20 @@ def scan_labels(
     )
   labels = np.concatenate([np.array(part, np.int32) for part in parts])
   if cache_dir:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial.npy")
-    np.save(partial, labels)
-    partial.rename(file)
+    with cache.partial(file) as own:
+      with own.open("wb") as opened:  # np.save would change the name.
+        np.save(opened, labels)
+      own.replace(file)
   return labels
+
+
+def _kept(file, num_examples):
+  """Labels from a file; None where it is missing or damaged."""
+  try:
+    labels = np.load(file)
+  except (OSError, ValueError, EOFError):
+    return None
+  return labels if labels.shape == (num_examples,) else None
 
 
 def with_listed_labels(

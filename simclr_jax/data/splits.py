@@ -71,10 +71,11 @@ def open_splits(
   on_skip = _skipped_list(workdir)
   skip = config.data.on_error == "skip"
 
-  def opened(source, on_error):
+  def opened(source, on_error, beside=None):
     with _progress(f"reading {source.name} {source.split}") as progress:
       dataset = open_dataset(
         source,
+        beside=beside,
         canvas_size=config.data.canvas_size,
         memory_gib=config.data.memory_gib,
         cache_dir=_cache_dir(workdir),
@@ -95,7 +96,7 @@ def open_splits(
   opened_train, opened_test = opened(train, "skip"), None
   if config.data.eval_split and train.num_classes:
     test = _source(config, config.data.eval_split, channels)
-    opened_test = opened(test, "drop")
+    opened_test = opened(test, "drop", beside=opened_train)
     if not np.any(opened_test.labels >= 0):
       raise UserError(
         f'config.data.eval_split: "{test.split}" of {test.name} has no '

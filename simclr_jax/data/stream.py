@@ -26,7 +26,7 @@ class Streamed:
     source: where they are.
     canvas_size: S, the side of the square canvas in pixels.
     on_error: "raise", "skip" or "drop", see `open_dataset`. A dropped image
-      is black and labelled -1, so that no measure counts it.
+      is gathered black and with label -1, so that no measure counts it.
     seed: of the order that replacements come from.
     on_skip: called with a line about each damaged image, from any thread.
     cache_dir: where labels are kept that had to be read with their records;
@@ -57,7 +57,11 @@ class Streamed:
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
-    """int32 [N], -1 where unknown; may have to read all records, once."""
+    """int32 [N], -1 where unknown; may have to read all records, once.
+
+    Damaged images have the labels that the source gives them until
+    `note_labels` says what was gathered in their place.
+    """
     if self.source.labels is not None:
       return np.array(self.source.labels, np.int32)
     if not self.num_classes:
@@ -78,6 +82,13 @@ class Streamed:
     """The same images with other labels, int32 [N]."""
     source = dataclasses.replace(self.source, labels=labels)
     return dataclasses.replace(self, source=source)
+
+  def note_labels(self, labels: np.ndarray) -> None:
+    """Takes int32 [N] for `labels`: what `gather` gave, from all hosts.
+
+    A host knows of damage only in the images that it has read itself.
+    """
+    vars(self)["labels"] = labels
 
   def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """indices [n] -> {"image": uint8 [n, S, S, C], "label", "size"}.
@@ -124,7 +135,6 @@ class Streamed:
     if self.on_skip:
       self.on_skip(str(error))
     if self.on_error == "drop":
-      self.labels[index] = -1
       return None
     return fetch.replacement(
       self.source, index, seed=self.seed, max_size=self.canvas_size

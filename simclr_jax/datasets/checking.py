@@ -11,8 +11,7 @@ from tqdm import auto
 
 from simclr_jax import sources
 from simclr_jax.config import UserError
-from simclr_jax.data import fetch
-from simclr_jax.data.memory import memory_bytes
+from simclr_jax.data import fetch, memory
 
 # Images that one thread looks at before it takes others.
 CHUNK = 64
@@ -138,7 +137,7 @@ def print_report(
   lines.append(f"read and decoded: {rate:.0f} images/s on {cores} core(s)")
   in_memory = False
   if "canvas_size" in report:
-    budget = memory_bytes() / 2**31
+    budget = memory.budget_bytes() / 2**30
     in_memory = report["canvas_gib"] <= budget
     lines.append(
       f"take config.data.canvas_size={report['canvas_size']}: "

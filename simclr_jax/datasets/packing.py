@@ -13,6 +13,7 @@ from simclr_jax import sources
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch
 from simclr_jax.datasets.checking import CHUNK, header
+from simclr_jax.sources.decode import has_exif
 
 # Images a file of a packed dataset; a stopped `pack` repeats at most one.
 _SHARD_SIZE = 4096
@@ -150,8 +151,8 @@ def _fits(record, image):
     return False
   mode, size = header(record)
   as_wanted = mode == ("L" if image.shape[-1] == 1 else "RGB")
-  turned = b"Exif\0" in record[: 1 << 16]
-  return as_wanted and tuple(size) == image.shape[:2] and not turned
+  same_size = tuple(size) == image.shape[:2]
+  return as_wanted and same_size and not has_exif(record)
 
 
 def encoded(image: np.ndarray, kind: str, **options) -> bytes:

@@ -56,8 +56,12 @@ def decode(
 
 
 def _decode_pillow(image, *, channels, max_size):
-  if max_size and max(image.size) > max_size:
-    image.draft(None, _fit(image.size, max_size))
+  # A JPEG's luminance is stored: gray is not computed from its RGB.
+  large = max_size and max(image.size) > max_size
+  image.draft(
+    "L" if channels == 1 else None,
+    _fit(image.size, max_size) if large else None,
+  )
   image.load()
   PIL.ImageOps.exif_transpose(image, in_place=True)
   if image.mode == "F":
@@ -79,21 +83,47 @@ def _decode_jpeg(record, *, channels, max_size):
   """simplejpeg's pixels where it is installed and fit for it, else None."""
   if simplejpeg is None or record[:2] != b"\xff\xd8":
     return None
-  if b"Exif\0" in record[:_EXIF_SEARCH_BYTES]:
+  if has_exif(record):
     return None  # It may have to be turned, which Pillow does.
   try:
     height, width = simplejpeg.decode_jpeg_header(record)[:2]
     if height * width > (PIL.Image.MAX_IMAGE_PIXELS or math.inf):
       return None  # Pillow knows what is too much.
     size = {}
-    if max_size and max(height, width) > max_size:
-      width, height = _fit((width, height), max_size)
-      size = {"min_height": height, "min_width": width, "min_factor": 2}
+    if (scale := _scale((width, height), max_size)) > 1:
+      size = {
+        "min_height": -(-height // scale),
+        "min_width": -(-width // scale),
+        "min_factor": scale,
+      }
     return simplejpeg.decode_jpeg(
       record, colorspace="GRAY" if channels == 1 else "RGB", **size
     )
   except Exception:  # CMYK, damage: Pillow decodes it or says what is wrong.
     return None
+
+
+def has_exif(record: bytes) -> bool:
+  """Whether a JPEG has EXIF data, so that it may have to be turned.
+
+  >>> has_exif(b"\\xff\\xd8\\xff\\xe1 Exif\\0\\0")
+  True
+  """
+  return b"Exif\0" in record[:_EXIF_SEARCH_BYTES]
+
+
+def _scale(size, max_size):
+  """What Pillow's draft divides a JPEG's sides by: 1, 2, 4 or 8.
+
+  simplejpeg alone would go further: a half of 511 pixels, rounded up, is 256.
+  """
+  if not max_size:
+    return 1
+  least = min(
+    side // fitted
+    for side, fitted in zip(size, _fit(size, max_size), strict=True)
+  )
+  return next(scale for scale in (8, 4, 2, 1) if scale <= least)
 
 
 def _fit(size, max_size):
