@@ -10,6 +10,7 @@ import numpy as np
 from simclr_jax import (
   augment,
   checkpoint,
+  cli,
   data,
   models,
   optimizers,
@@ -38,9 +39,16 @@ def start(config) -> ml_collections.ConfigDict:
   """Returns a copy of `config` to resolve, checked as far as it can be.
 
   Raises:
-    UserError: a field out of its range.
+    UserError: a field that is not there, or out of its range.
   """
   config = ml_collections.ConfigDict(config).lock()
+  needed = config_lib.flat(cli.load_recipe("digits", stage=config.stage))
+  if missing := sorted(needed.keys() - config_lib.flat(config).keys()):
+    raise UserError(
+      f"the config lacks {', '.join(missing[:5])}"
+      f"{' and others' * (len(missing) > 5)}; configs/{config.stage}.py has "
+      "every field."
+    )
   config_lib.check(config, num_devices=jax.device_count())
   group = config.model.bn_group_size
   if group < 0 or (group and jax.device_count() % group):

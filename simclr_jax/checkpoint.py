@@ -241,11 +241,10 @@ def load_described(workdir, *, field: str = "checkpoint"):
     )
   with ocp.CheckpointManager(directory) as manager:
     found = _newest(manager, functools.partial(_read, manager))
+    steps = manager.all_steps()
   if not found:
-    raise UserError(
-      f"{field}: no complete checkpoint under {directory}; "
-      "has that run saved yet?"
-    )
+    why = "all are damaged." if steps else "has that run saved yet?"
+    raise UserError(f"{field}: no complete checkpoint under {directory}; {why}")
   _, (tree, described) = found
   config = config_lib.from_json_tree(described["config"])
   variables = {k: tree[k] for k in ("params", "batch_stats")}

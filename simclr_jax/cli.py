@@ -10,6 +10,7 @@ line), 143 or 130 stopped by SIGTERM or SIGINT with the state saved.
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -18,9 +19,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from simclr_jax import config as config_lib
-from simclr_jax import cpu_backend, parallel
-from simclr_jax.config import Diverged, UserError
+from simclr_jax import cpu_backend, errors, parallel
+from simclr_jax.config import UserError
 
+STAGES = ("pretrain", "finetune", "distill")
 _SHORTEST_CACHED = "jax_persistent_cache_min_compile_time_secs"
 _USAGE = """usage: python -m simclr_jax.{stage} --config=RECIPE --workdir=DIR
 
@@ -45,14 +47,11 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
     ...
   SystemExit: 2
   """
-  try:
+  with errors.ending():
     config, workdir = parse(sys.argv[1:] if argv is None else argv, stage=stage)
     setup()
     with parallel.together():
       result = train_and_evaluate(config, workdir)
-  except (UserError, Diverged) as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2 if isinstance(error, UserError) else 1)
   shown = ", ".join(
     f"{name} {result[name]:.2%}"
     for name in ("top1", "top5")
@@ -136,7 +135,7 @@ def _joined(argv: list[str]) -> list[str]:
   """Turns "--flag value" and "-flag" into "--flag=value" and "--flag"."""
   joined = []
   for arg in argv:
-    if arg.startswith("-"):
+    if arg.startswith("-") and not arg[1:2].isdigit():  # -1 is a value
       joined.append("--" + arg.lstrip("-"))
     elif joined and "=" not in joined[-1]:
       joined[-1] += f"={arg}"
@@ -217,7 +216,21 @@ def stage_of(text: str) -> str:
 
 
 def _get_config(path: str, recipe: str) -> ml_collections.ConfigDict:
+  """Runs a file of recipes, which may be the user's own."""
   spec = importlib.util.spec_from_file_location("recipes", path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(recipe) if recipe else module.get_config()
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(recipe) if recipe else module.get_config()
+    assert config.stage in STAGES, f"config.stage is {config.stage}"
+  except UserError:
+    raise
+  except Exception as error:  # whatever is wrong in it
+    lines = traceback.extract_tb(error.__traceback__)
+    line = [str(at.lineno) for at in lines if at.filename == str(path)][-1:]
+    where = f", line {line[0]}" if line else ""
+    text = " ".join(str(error).split())
+    raise UserError(
+      f"--config: {path}{where}: {type(error).__name__}: {text}"
+    ) from None
+  return config

@@ -214,6 +214,7 @@ def train_and_evaluate(config, workdir) -> dict:
   taught, teacher_variables, about = load_teacher(config)
   resolve_student(config, taught)
   build.resolve(config)
+  rundir.check_same(config, workdir)
   train, test = data.open_splits(
     config, workdir, channels=build.channels(teacher_variables)
   )
@@ -236,12 +237,12 @@ def train_and_evaluate(config, workdir) -> dict:
   if config.pretrained:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   build.check_views(build.crop_flip(config), config, train)
+  variables = build.init(config, model, train, loaded)  # may not fit
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
     return done
   _check_teacher_unchanged(config, workdir, about)
 
-  variables = build.init(config, model, train, loaded)
   schedule = build.make_schedule(config, len(train), num_steps)
   overview.show(config, variables["params"], loaded=loaded and loaded["params"])
   optimizer = build.make_optimizer(config, schedule)

@@ -1,7 +1,9 @@
 """What ends a command with one line, and the hint in it."""
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -20,3 +22,26 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
   """
   close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
   return f'; did you mean "{close[0]}"?' if close else "."
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+  """Ends the process as a command does: one line on stderr, an exit code.
+
+  2 is the user's mistake, 1 a run whose loss was not finite, 130 Ctrl-C. Other
+  exceptions are faults and keep their traceback.
+
+  >>> with ending():
+  ...   raise UserError("config.batch_size must be above 0, got 0.")
+  Traceback (most recent call last):
+    ...
+  SystemExit: 2
+  """
+  try:
+    yield
+  except (UserError, Diverged) as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, UserError) else 1)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr, flush=True)
+    sys.exit(130)

@@ -161,6 +161,7 @@ def train_and_evaluate(config, workdir) -> dict:
   config, workdir = build.start(config), storage.path(workdir)
   loaded = resolve_network(config)
   build.resolve(config)
+  rundir.check_same(config, workdir)
   train, test = data.open_splits(
     config, workdir, channels=build.channels(loaded)
   )

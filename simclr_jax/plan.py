@@ -21,6 +21,7 @@ from simclr_jax import (
   data,
   diagnostics,
   distill,
+  errors,
   finetune,
   pretrain,
   sources,
@@ -231,12 +232,16 @@ def main(argv=None) -> None:
   if {"--help", "-h"} & set(argv):
     print(__doc__.strip())
     return
-  try:
+  with errors.ending():
     options, rest = _flags(argv)
     output = options.pop("output")
     given = [a.partition("=")[2] for a in rest if a.startswith("--config=")]
-    stage = cli.stage_of(given[-1]) if given else "pretrain"
-    config, _ = cli.parse([*rest, "--workdir=none"], stage=stage)
+    if not given:
+      raise UserError(
+        "--config is missing; such as --config=pretrain.py:digits."
+      )
+    argv = [*rest, "--workdir=none"]
+    config, _ = cli.parse(argv, stage=cli.stage_of(given[-1]))
     if options["devices"] > 0:
       jax.config.update("jax_num_cpu_devices", options["devices"])
     if output and not Path(output).resolve().parent.is_dir():
@@ -244,9 +249,6 @@ def main(argv=None) -> None:
     if Path(output or "plan.json").is_dir():
       raise UserError(f"--output={output} is a folder; give a file's name.")
     result = plan(config, **options)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   if output:
     Path(output).write_text(json.dumps(result, indent=2) + "\n")
 
@@ -257,6 +259,12 @@ def _flags(argv: list[str]) -> tuple[dict, list[str]]:
   for arg in argv:
     name, _, text = arg.lstrip("-").partition("=")
     if name not in FLAGS:
+      if arg.startswith("-") and name.partition(".")[0] != "config":
+        hint = config_lib.nearest(name, list(FLAGS))
+        raise UserError(
+          f"unknown flag --{name}{hint} Flags: --config, --config.FIELD, "
+          f"{', '.join(f'--{flag}' for flag in FLAGS)}."
+        )
       rest.append(arg)
       continue
     try:

@@ -48,7 +48,7 @@ def claim(config, workdir) -> None:
   def check():
     _check_shared(workdir / ".nonce", nonce)
     if marker.exists():
-      found = json.loads(marker.read_text())
+      found = _read(marker)
       raise UserError(
         f"--workdir={workdir} holds a run that ended because at step "
         f"{found['step']} {found['problem']}; the same command would come "
@@ -56,9 +56,13 @@ def claim(config, workdir) -> None:
         f"config.optim.learning_rate, or remove {marker} to try once more from "
         "the last checkpoint."
       )
-    if file.exists():
-      stored = config_lib.from_json_tree(json.loads(file.read_text()))
-      _check_same_run(config_lib.flat(config), config_lib.flat(stored), workdir)
+    check_same(config, workdir)
+    length = [name for name in _changed(config, file) if name in _LENGTH]
+    if length:
+      print(
+        f"warning: {' and '.join(length)} changed, so the learning rate of the "
+        "steps that remain follows another curve than before."
+      )
 
   def write():
     if jax.process_index() == 0:
@@ -93,27 +97,58 @@ def _check_shared(file, nonce: int, *, seconds: float = 20) -> None:
     time.sleep(0.2)
 
 
-def _check_same_run(mine: dict, stored: dict, workdir) -> None:
-  changed = [
-    name
-    for name in sorted(mine.keys() | stored.keys())
-    if mine.get(name) != stored.get(name) and name not in _MAY_CHANGE
-  ]
-  length = [name for name in changed if name in _LENGTH]
-  if len(length) < len(changed):
+def check_same(config, workdir) -> None:
+  """Checks that the directory holds no run of another config; writes nothing.
+
+  Args:
+    config: of the stage; how long it trains need not be known yet.
+    workdir: the run's directory, which need not exist.
+
+  Raises:
+    UserError: it does.
+  """
+  file = storage.root(workdir) / "config.json"
+  changed = _changed(config, file)
+  if "stage" in changed:
+    was, now = changed["stage"]
+    raise UserError(
+      f"--workdir={workdir} holds a {was} run, this is {now}; take another."
+    )
+  if other := [name for name in changed if name not in _LENGTH]:
     shown = "; ".join(
-      f"config.{name} was {stored.get(name)!r}, is {mine.get(name)!r}"
-      for name in changed
+      "config.{} was {!r}, is {!r}".format(name, *changed[name])
+      for name in other
     )
     raise UserError(
       f"--workdir={workdir} holds another run: {shown}. Give the values it "
       "has, or take another --workdir."
     )
-  if length:
-    print(
-      f"warning: {' and '.join(length)} changed, so the learning rate of the "
-      "steps that remain follows another curve than before."
-    )
+
+
+def _changed(config, file) -> dict[str, tuple]:
+  """Field -> (value in the file, value now), where a run would be another."""
+  if not file.exists():
+    return {}
+  stored = config_lib.flat(config_lib.from_json_tree(_read(file)))
+  mine = config_lib.flat(config)
+  return {
+    name: (stored.get(name), mine.get(name))
+    for name in sorted(mine.keys() | stored.keys())
+    if mine.get(name) != stored.get(name) and name not in _MAY_CHANGE
+  }
+
+
+def _read(file) -> dict:
+  try:
+    found = json.loads(file.read_text())
+    if not isinstance(found, dict):
+      raise ValueError("no JSON object")
+  except ValueError as error:
+    raise UserError(
+      f"{file} is damaged: {error}. Restore it from a copy, or take another "
+      "--workdir."
+    ) from None
+  return found
 
 
 def finished(workdir, num_steps: int) -> dict | None:
@@ -121,8 +156,8 @@ def finished(workdir, num_steps: int) -> dict | None:
   file = epath.Path(workdir) / "result.json"
   if not file.exists():
     return None
-  result = json.loads(file.read_text())
-  if result["num_steps"] != num_steps:
+  result = _read(file)
+  if result.get("num_steps") != num_steps:
     return None
   print(f"{workdir} is complete: {num_steps} steps", flush=True)
   return result

@@ -130,3 +130,42 @@ def test_setup_keeps_short_compilations_too(monkeypatch):
   monkeypatch.setenv(name.upper(), "2")  # JAX reads it when it is imported
   cli.setup()
   assert name not in found
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("def get_config(:", "mine.py: SyntaxError: invalid syntax"),
+    ("a = 1", "AttributeError: module 'recipes' has no attribute 'get_config'"),
+    ("def get_config():\n  pass", "mine.py: TypeError: get_config() takes 0"),
+    ("def get_config(arg):\n  return {'a': 1}", "mine.py: AttributeError: 'd"),
+    (
+      "import ml_collections\ndef get_config(arg):\n"
+      "  return ml_collections.ConfigDict({'stage': 'x'})",
+      "mine.py: AssertionError: config.stage is x",
+    ),
+    ("def get_config(arg):\n\n  return 1 / 0", "mine.py, line 3: ZeroDivision"),
+  ],
+)
+def test_mistakes_in_a_file_of_ones_own(text, message, tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(text)
+  with pytest.raises(UserError) as error:
+    parse(f"--config={file}:digits", "--workdir=w")
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_a_negative_value_after_its_flag():
+  config, _ = parse("--config=digits", "--workdir=w", "--config.seed", "-1")
+  assert config.seed == -1  # `config.check` refuses it
+
+
+def test_ctrl_c_is_one_line(capsys):
+  def train(config, workdir):
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit) as ended:
+    cli.run(train, stage="pretrain", argv=["--config=digits", "--workdir=w"])
+  assert ended.value.code == 130
+  assert capsys.readouterr().err == "interrupted\n"

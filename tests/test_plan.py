@@ -166,6 +166,24 @@ def test_mistakes_get_one_line(config, options, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "argv, message",
+  [
+    (["--device=2"], 'flag --device; did you mean "devices"? Flags: --config'),
+    ([], "--config is missing"),
+    (["--config=digits", "--output={}"], "is a folder; give a file's name"),
+    (["--config=digits", "--output={}/no/a"], "there is no such folder"),
+    (["--config=digits", "--images=many"], "--images takes int, as --images=N"),
+  ],
+)
+def test_mistakes_end_the_command(argv, message, tmp_path, capsys):
+  with pytest.raises(SystemExit) as ended:
+    plan.main([arg.format(tmp_path) for arg in argv])
+  assert ended.value.code == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
+
+
 def test_a_dataset_that_is_not_there_leaves_hours_out(config, tmp_path, capsys):
   images = plan._images(config, 0)
   assert images == (1437, {"num_classes": 10, "channels": 1})

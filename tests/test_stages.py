@@ -234,6 +234,48 @@ def test_the_bank_is_drawn_from_all_classes():
   np.testing.assert_array_equal(bank, pretrain._bank(config, labels))
 
 
+def test_a_workdir_of_another_run_is_refused_before_data_is_read(
+  runs, monkeypatch
+):
+  def open_splits(*args, **options):
+    raise AssertionError("read")
+
+  folder, _ = runs
+  monkeypatch.setattr(data, "open_splits", open_splits)
+  fields = {"data.image_size": 8, "seed": 3}
+  with pytest.raises(UserError, match=r"config.seed was 0, is 3"):
+    run(pretrain, "digits,width=0.0625", folder / "pretrain", **fields)
+  with pytest.raises(UserError, match="holds a pretrain run, this is finetune"):
+    run(finetune, "digits", folder / "pretrain")
+
+
+def test_a_config_lacks_fields(tmp_path):
+  config = cli.load_recipe("digits", stage="pretrain").unlock()
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    del config.knn, config.seed
+  with pytest.raises(
+    UserError, match=r"lacks knn.bank_size, knn.* seed"
+  ):
+    pretrain.train_and_evaluate(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("text", ["", '{"a', "5"])
+def test_a_damaged_file_of_a_run_is_named(runs, tmp_path, name, text):
+  folder, _ = runs
+  shutil.copytree(folder / "pretrain", tmp_path / "run")
+  (tmp_path / "run" / name).write_text(text)
+  with pytest.raises(UserError, match=f"{name} is damaged"):
+    run(
+      pretrain,
+      "digits,width=0.0625",
+      tmp_path / "run",
+      **{"data.image_size": 8},
+    )
+
+
 def test_an_evaluation_split_has_labels(tmp_path):
   for i, place in enumerate(("train/a", "train/b", "test")):
     (tmp_path / place).mkdir(parents=True)
@@ -303,6 +345,16 @@ def test_an_evaluation_split_has_labels(tmp_path):
       "digits",
       {"teacher": "{}/finetune", "pretrained": "{}/none"},
       "config.pretrained: there is no directory",
+    ),
+    (
+      distill,
+      "digits",
+      {
+        "teacher": "{}/finetune",
+        "pretrained": "{}/pretrain",
+        "model.depth": 34,
+      },
+      "block_2",
     ),
     (
       distill,

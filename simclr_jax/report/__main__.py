@@ -1,9 +1,8 @@
 """The command line; see `simclr_jax.report`."""
 
 import argparse
-import sys
 
-from simclr_jax import report
+from simclr_jax import errors, report
 from simclr_jax.config import UserError
 
 
@@ -22,7 +21,7 @@ def main(argv=None) -> None:
     "beside the first one",
   )
   first, *others = parser.parse_args(argv).workdir
-  try:
+  with errors.ending():
     try:
       print(report.write(first, beside=others))
     except OSError as error:
@@ -30,9 +29,6 @@ def main(argv=None) -> None:
         f"--workdir: {first}/report.html cannot be written: "
         f"{error.strerror or error}."
       ) from None
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":
