@@ -67,11 +67,6 @@ def check_architecture(
     )
 
 
-def feature_size(*, depth: int, width: float) -> int:
-  """The number of channels C of h: 512 or 2048 times the width."""
-  return round(64 * width) * 8 * (4 if DEPTHS[depth][1] else 1)
-
-
 class Stem(nn.Module):
   """Images to (the last convolution's output, the first group's input)."""
 
