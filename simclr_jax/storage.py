@@ -1,6 +1,7 @@
 """Where runs are kept: folders and buckets, and what may be wrong with them."""
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -76,3 +77,22 @@ def writing(where) -> Iterator[None]:
       "there is intact; make room or give it back, and start the same command "
       "again."
     ) from None
+
+
+@contextlib.contextmanager
+def writable(path: str | os.PathLike, flag: str) -> Iterator[None]:
+  """Turns a full disk or a read-only folder into a UserError.
+
+  >>> with writable("packed", "--output"):
+  ...   raise OSError(28, "No space left on device")
+  Traceback (most recent call last):
+    ...
+  simclr_jax.errors.UserError: --output=packed cannot be written: No space ...
+  """
+  try:
+    yield
+  except OSError as error:
+    reason = error.strerror or str(error)
+    if isinstance(error, FileExistsError):  # A file where a folder should be.
+      reason = os.strerror(errno.ENOTDIR)
+    raise UserError(f"{flag}={path} cannot be written: {reason}.") from None

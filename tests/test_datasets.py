@@ -91,6 +91,49 @@ def test_check_as_a_command(tree, capsys):
   )
 
 
+@pytest.mark.parametrize(
+  "flag, message",
+  [
+    ("--image_size=-3", "--image_size must be 0 or more, got -3."),
+    ("--images_per_second=-3", "--images_per_second must be 0 or more, got -3"),
+    (
+      "--images_per_second=nan",
+      "--images_per_second must be 0 or more, got na",
+    ),
+    (
+      "--images_per_second=inf",
+      "--images_per_second must be 0 or more, got in",
+    ),
+    ("--eval_fraction=nan", "data.eval_fraction must be 0 or more and below 1"),
+  ],
+)
+def test_check_of_no_such_number(tree, flag, message, capsys):
+  assert run_main("check", f"folder:{tree}", flag) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f"error: {message}")
+  assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_class_names_of_any_bytes(tmp_path, monkeypatch):
+  """Folders whose names are not UTF-8, and one with a line break."""
+  for name in (b"caf\xe9", b"two\nlines"):
+    os.makedirs(os.path.join(os.fsencode(tmp_path / "images"), name))
+    for i in range(2):
+      file = os.path.join(os.fsencode(tmp_path / "images"), name, b"%d.png" % i)
+      with open(file, "wb") as target:
+        target.write(encode(photo(4, 5 + i)))
+  name = f"folder:{tmp_path}/images"
+  printed = io.BytesIO()  # with its encoding; that of pytest takes anything
+  strict = io.TextIOWrapper(printed, encoding="utf-8", errors="strict")
+  monkeypatch.setattr(sys, "stdout", strict)
+  command.main(["check", name])
+  command.main(["pack", name, f"--output={tmp_path}/out", "--canvas_size=8"])
+  assert b"classes: caf\\udce9 2, two\\nlines 2\n" in printed.getvalue()
+  packed = make_source("tfds:packed", split="train", data_dir=f"{tmp_path}/out")
+  assert packed.label_names == ("caf\\udce9", "two\\nlines")
+
+
 def test_check_of_pixels():
   report = datasets.check(make_source("digits", split="test"))
   assert report["damaged"] == []
@@ -231,6 +274,153 @@ def test_pack_and_damaged_images(tree, tmp_path, capsys):
   assert run_main(*pack, "--as=My Set") == 2
 
 
+def test_what_can_not_be_written_to(photos, tmp_path, capsys):
+  file = tmp_path / "file"
+  file.write_text("mine")
+  pack = ["pack", f"folder:{photos}", "--canvas_size=8"]
+  for output in (file, file / "x"):
+    assert run_main(*pack, f"--output={output}") == 2
+    assert capsys.readouterr().err == (
+      f"error: --output={output} cannot be written: Not a directory.\n"
+    )
+  prepare = ["prepare", "cifar10", f"--archive={file}"]
+  for flag, argv in (("--output", pack), ("--data_dir", prepare)):
+    for output in ("gs://bucket/x", "s3://bucket/x"):
+      assert run_main(*argv, f"{flag}={output}") == 2
+      assert capsys.readouterr().err == (
+        f"error: {flag}={output} is in a bucket; give a folder of this machine "
+        "and copy it there.\n"
+      )
+    assert run_main(*argv, f"{flag}=") == 2
+    assert (
+      capsys.readouterr().err == f"error: {flag} is empty; name a folder.\n"
+    )
+  assert file.read_text() == "mine"
+  assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
+
+
+def test_a_full_disk_leaves_what_is_complete(photos, tmp_path, monkeypatch):
+  monkeypatch.setattr(packing, "_SHARD_SIZE", 10)
+  source, out = open_tree(photos), tmp_path / "out"
+  packed = packing._packed
+  calls = []
+
+  def fill(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == 2:
+      raise OSError(28, "No space left on device")
+    return packed(*args, **kwargs)
+
+  monkeypatch.setattr(packing, "_packed", fill)
+  with pytest.raises(UserError) as error:
+    datasets.pack({"train": source}, output=out, canvas_size=9)
+  assert str(error.value) == (
+    f"--output={out} cannot be written: No space left on device."
+  )
+  names = sorted(os.listdir(out / "packed" / "1.0.0"))
+  assert names == ["packed-train.array_record-00000-of-00004", "source.txt"]
+  datasets.pack({"train": source}, output=out, canvas_size=9)
+  assert len(calls) == 5
+
+
+def test_an_error_of_array_record_is_one_line(photos, tmp_path, monkeypatch):
+  class Writer:
+    def __init__(self, *args):
+      pass
+
+    def write(self, record):
+      pass
+
+    def close(self):
+      raise RuntimeError("write() failed: File too large; writing x; at byte 9")
+
+  from array_record.python import array_record_module
+
+  monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Writer)
+  with pytest.raises(UserError, match=r"write\(\) failed: File too large\.$"):
+    datasets.pack(
+      {"train": open_tree(photos)}, output=tmp_path / "out", canvas_size=9
+    )
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--canvas_size=0"], "--canvas_size must be 1 pixel or more, got 0."),
+    (["--canvas_size=-5"], "--canvas_size must be 1 pixel or more, got -5."),
+    (["--splits=all"], '--splits: "all" is TFDS\'s name for all splits'),
+    (["--eval_fraction=2"], "data.eval_fraction must be 0 or more and below 1"),
+  ],
+)
+def test_pack_of_no_such_number_or_split(
+  photos, tmp_path, flags, message, capsys
+):
+  argv = ["pack", f"folder:{photos}", f"--output={tmp_path}/out"]
+  assert run_main(*argv, "--canvas_size=8", *flags) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f"error: {message}")
+  assert error.count("\n") == 1
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_is_no_name_of_a_split(tmp_path):
+  with pytest.raises(UserError) as error:
+    datasets.pack(
+      {"test[:50%]": make_source("digits", split="test")},
+      output=tmp_path / "out",
+      canvas_size=8,
+    )
+  assert str(error.value) == (
+    '--splits: "test[:50%]" is no name of a split (letters, digits, _ and -); '
+    "pack the whole split and take a slice of the pack."
+  )
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_without_an_image_is_none(photos, tmp_path, capsys):
+  bad = {f"{c}/{i}.png": b"no image" for c in "ab" for i in range(2)}
+  source = f"folder:{write_tree(tmp_path / 'bad', bad)}"
+  (tmp_path / "there").mkdir()
+  for folder in ("new/deep", "there"):
+    output = f"--output={tmp_path}/{folder}"
+    assert run_main("pack", source, output, "--canvas_size=8", "--skip") == 2
+    out, error = capsys.readouterr()
+    assert out.count("skipped: ") == 4  # They say why.
+    assert error == (
+      f"error: none of the 4 images of {source} train can be read; nothing is "
+      "packed.\n"
+    )
+  assert sorted(os.listdir(tmp_path)) == ["bad", "photos", "there"]
+  assert not os.listdir(tmp_path / "there")
+  # Nor is one of which a split has none.
+  splits = {"train": open_tree(photos), "test": open_tree(tmp_path / "bad")}
+  with pytest.raises(UserError, match="none of the 4 images"):
+    datasets.pack(splits, output=tmp_path / "x", canvas_size=8, on_skip=print)
+  assert not (tmp_path / "x").exists()
+
+
+def test_an_image_is_mended_and_packed_in_the_same_place(
+  tree, tmp_path, capsys
+):
+  pack = ["pack", f"folder:{tree}", f"--output={tmp_path}/out"]
+  assert run_main(*pack, "--canvas_size=8") == 2
+  assert "mend or remove it" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+  for bad in ("bad.jpg", "text.jpg"):
+    next(tree.rglob(bad)).write_bytes(encode(photo(5, 5)))
+  command.main([*pack, "--canvas_size=8"])
+
+
+def test_a_folder_of_something_else_is_left_alone(photos, tmp_path):
+  folder = tmp_path / "packed" / "1.0.0"
+  folder.mkdir(parents=True)
+  (folder / "dataset_info.json").write_text("{}")
+  with pytest.raises(UserError, match="holds a pack of other images"):
+    datasets.pack({"train": open_tree(photos)}, output=tmp_path, canvas_size=8)
+  assert os.listdir(folder) == ["dataset_info.json"]
+
+
 def test_pack_without_labels_trains(tmp_path):
   files = {f"{i}.png": encode(photo(8, 9, channels=1)) for i in range(12)}
   source = open_tree(write_tree(tmp_path / "x", files))
@@ -320,6 +510,17 @@ def test_another_archive_is_refused(tmp_path, capsys):
     "error: /none.gz: cannot be read (No such file or directory).\n"
   )
   assert not (tmp_path / "data").exists()
+
+
+def test_cifar10_into_a_file(tmp_path, capsys):
+  """Told before anything is downloaded."""
+  file = tmp_path / "file"
+  file.write_text("mine")
+  for where in (file, file / "x"):
+    assert run_main("prepare", "cifar10", f"--data_dir={where}") == 2
+    assert capsys.readouterr().err.startswith(
+      f"error: --data_dir={where} cannot be written: "
+    )
 
 
 def test_a_download_that_fails(tmp_path):

@@ -376,6 +376,48 @@ def test_csv_messages(tmp_path, text, message):
   assert message_of(tmp_path) == f"{tmp_path}/labels.csv{message}"
 
 
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (
+      "file,label\na.png,x\nb.png,B\xe4r\n".encode("latin-1"),
+      ' line 3: the label "B\\udce4r" is not UTF-8; save the csv as UTF-8.',
+    ),
+    (
+      "file,label,split\na.png,x,\nb.png,y,\xfc\n".encode("latin-1"),
+      ' line 3: the split "\\udcfc" is not UTF-8; save the csv as UTF-8.',
+    ),
+    (
+      "file,label\ncaf\xe9.png,x\n".encode("latin-1"),
+      " line 2: there is no image caf\\udce9.png in the folder, and the name "
+      "is not UTF-8; save the csv as UTF-8.",
+    ),
+    (
+      "file,label\na.png,x\n".encode("utf-16"),
+      " is UTF-16; save it as UTF-8.",
+    ),
+    (
+      "file,label\na.png,x\n".encode("utf-16-be"),
+      " is not text in UTF-8; save it as a csv in UTF-8.",
+    ),
+    (
+      b"PK\x03\x04\0\0\n",
+      " is not text in UTF-8; save it as a csv in UTF-8.",
+    ),
+  ],
+  ids=["label", "split", "file", "UTF-16", "UTF-16 unmarked", "spreadsheet"],
+)
+def test_csv_in_another_encoding(tmp_path, content, message):
+  write_tree(tmp_path, FLAT | {"labels.csv": content})
+  assert message_of(tmp_path) == f"{tmp_path}/labels.csv{message}"
+
+
+def test_csv_columns_that_are_ignored_have_any_encoding(tmp_path):
+  text = "file,label,gr\xf6\xdfe\na.png,x,\xe4\nb.png,y,\n".encode("latin-1")
+  write_tree(tmp_path, FLAT | {"labels.csv": text})
+  assert open_tree(tmp_path).label_names == ("x", "y")
+
+
 def test_csv_of_one_class(tmp_path):
   text = "file,label\na.png,x\nb.png,x\n"
   write_tree(tmp_path, FLAT | {"labels.csv": text})
@@ -456,6 +498,15 @@ def test_hold_out_is_stratified(tmp_path, counts, fraction, expected):
   assert contents(train) | contents(test) == every
   assert len(train) + len(test) == len(every)
   assert f', {len(test)} in split "test".' in train.note
+
+
+@pytest.mark.parametrize("fraction", [float("nan"), -1.0, 1.0, 2.0])
+def test_hold_out_of_no_part(tmp_path, fraction):
+  write_tree(tmp_path, PETS)
+  assert message_of(tmp_path, eval_fraction=fraction) == (
+    "data.eval_fraction must be 0 or more and below 1, got "
+    f"{fraction:g}; 0.2 holds out a fifth."
+  )
 
 
 def test_hold_out_is_seeded_and_lasts(tmp_path):

@@ -378,6 +378,16 @@ def test_the_page_shows_grid_and_claims(fakes, tmp_path):
     (["--pretrain.num_steps=few"], "num_steps"),
     (["--recipe=imagenet"], "--sizes is missing"),
     (["--recipe=digit"], 'did you mean "digits"?'),
+    (["--pretrain.foo=1"], "unknown field --pretrain.foo"),
+    (["--config.foo=1"], "unknown field --config.foo"),
+    (["--pretrain.num_steps=few"], "--pretrain.num_steps"),
+    (["--pretrain.batch_size=-1"], "error: pretrain.batch_size must be ab"),
+    (["--config.batch_size=-1"], "error: config.batch_size must be above 0"),
+    (["--seeds=-1"], "--seeds: 0 or more and below 2**32, got -1."),
+    (["--seeds=0,4294967296"], "--seeds: 0 or more and below 2**32, got 0,429"),
+    (["--sizes=18xinf"], 'depth x width, such as 18x0.25'),
+    (["--sizes=18x1e308"], 'depth x width, such as 18x0.25'),
+    (["--task=²/3"], "--task: I/N with I from 0 to N - 1"),
   ],
 )  # fmt: skip
 def test_mistakes(fakes, tmp_path, flags, message, capsys):
@@ -386,6 +396,64 @@ def test_mistakes(fakes, tmp_path, flags, message, capsys):
   assert message in error
   assert error.count("\n") == 1
   assert fakes.ran == []
+
+
+def test_a_folder_that_cannot_be_written(fakes, tmp_path, capsys, monkeypatch):
+  file = tmp_path / "file"
+  file.write_text("mine")
+  monkeypatch.chdir(tmp_path)
+  for workdir, message in (
+    (file, f"--workdir={file} cannot be written: Not a directory."),
+    (file / "x", f"--workdir={file}/x cannot be written: Not a directory."),
+    (
+      "gs://b/x",
+      "--workdir=gs://b/x is in a bucket, which has no locks; give a",
+    ),
+    ("", "--workdir is empty; name a folder."),
+  ):
+    assert start(workdir) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+  assert fakes.ran == []
+  assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_finished_sweep_that_cannot_be_written(
+  fakes, tmp_path, capsys, monkeypatch
+):
+  flags = ("--seeds=0", "--labels=1", "--methods=scratch")
+  assert start(tmp_path, *flags) == 0
+
+  def refuse(*_):
+    raise OSError(30, "Read-only file system")
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", refuse)
+  assert start(tmp_path, *flags) == 2
+  assert capsys.readouterr().err == (
+    f"error: --workdir={tmp_path} cannot be written: Read-only file system.\n"
+  )
+
+
+def test_a_folder_that_cannot_be_looked_into(fakes, capsys, monkeypatch):
+  """As it is where another user's home is named."""
+
+  def refuse(*_):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(pathlib.Path, "exists", refuse)
+  assert start("/elsewhere/x") == 2
+  assert capsys.readouterr().err == (
+    "error: --workdir=/elsewhere/x cannot be written: Permission denied.\n"
+  )
+
+
+def test_what_is_given_twice_counts_once(fakes, tmp_path, capsys):
+  flags = ["--seeds=0,0", "--labels=1,1.0", "--methods=scratch"]
+  sizes = "--sizes=18x0.125,18x0.125"
+  assert main([f"--workdir={tmp_path}", sizes, *flags]) == 0
+  assert fakes.ran == ["scratch_18x0.125_1_seed0"]
+  assert "\n1 of 1 cells" in capsys.readouterr().out
 
 
 def test_another_sweep_in_the_same_folder_is_refused(fakes, tmp_path, capsys):

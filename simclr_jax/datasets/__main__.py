@@ -3,8 +3,7 @@
 import argparse
 import sys
 
-from simclr_jax import datasets, sources
-from simclr_jax.config import UserError
+from simclr_jax import datasets, errors, sources
 from simclr_jax.datasets.checking import print_report
 
 
@@ -37,11 +36,8 @@ def main(argv=None) -> None:
   prepare_parser.add_argument("--data_dir", required=True)
   prepare_parser.add_argument("--archive", default="")
   args = parser.parse_args(argv)
-  try:
+  with errors.ending():
     {"check": _check, "pack": _pack, "prepare": _prepare}[args.command](args)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def _open(args, split):
@@ -73,16 +69,18 @@ def _check(args):
 def _pack(args):
   splits = {split: _open(args, split) for split in args.splits.split(",")}
   skipped = []
-  folder = datasets.pack(
-    splits,
-    output=args.output,
-    canvas_size=args.canvas_size,
-    name=args.as_name,
-    lossless=args.lossless,
-    on_skip=skipped.append if args.skip else None,
-  )
-  for line in skipped:
-    print(f"skipped: {line}")
+  try:
+    folder = datasets.pack(
+      splits,
+      output=args.output,
+      canvas_size=args.canvas_size,
+      name=args.as_name,
+      lossless=args.lossless,
+      on_skip=skipped.append if args.skip else None,
+    )
+  finally:  # They also say why nothing was packed.
+    for line in skipped:
+      print(f"skipped: {line}")
   print(
     f"packed into {folder}; train on it with --config.data.name="
     f"tfds:{args.as_name} --config.data.data_dir={args.output}",

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import io
+import math
 import time
 
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm import auto
 from simclr_jax import sources
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch, memory
+from simclr_jax.sources.labels_csv import shown
 
 # Images that one thread looks at before it takes others.
 CHUNK = 64
@@ -36,10 +38,17 @@ def check(
     "canvas_size" and "canvas_gib" (with image_size), "feeds" (whether decoding
     keeps up with `images_per_second`, else None).
 
+  Raises:
+    UserError: a number below 0, or not finite.
+
   >>> found = check(sources.make_source("digits", split="test"), image_size=16)
   >>> found["num_examples"], found["damaged"], found["canvas_size"]
   (360, [], 8)
   """
+  numbers = {"image_size": image_size, "images_per_second": images_per_second}
+  for name, number in numbers.items():
+    if not 0 <= number < math.inf:
+      raise UserError(f"--{name} must be 0 or more, got {number}.")
   begin = time.perf_counter()
   max_size = image_size * 3 // 2 if image_size > 64 else image_size
 
@@ -123,7 +132,8 @@ def print_report(
   lines.append(f"stored as {modes}; read as {source.channels} channel(s)")
   if source.num_classes:
     classes = ", ".join(
-      f"{name or '(unlabelled)'} {n}" for name, n in report["classes"].items()
+      f"{shown(name) or '(unlabelled)'} {n}"
+      for name, n in report["classes"].items()
     )
     lines.append(f"classes: {classes}")
   else:

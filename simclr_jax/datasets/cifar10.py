@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import auto
 
+from simclr_jax import storage
 from simclr_jax.config import UserError
-from simclr_jax.datasets.packing import encoded
+from simclr_jax.datasets.packing import encoded, local_folder
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -36,7 +37,8 @@ def prepare_cifar10(
     The folder that was written.
 
   Raises:
-    UserError: no such archive, or one with another content.
+    UserError: no such archive, or one with another content; a folder that
+      cannot be written.
 
   >>> prepare_cifar10("datasets", archive="cifar-10-binary.tar.gz")
   Traceback (most recent call last):
@@ -45,7 +47,8 @@ def prepare_cifar10(
   """
   import tensorflow_datasets as tfds
 
-  data_dir = Path(data_dir).expanduser().absolute()
+  given = data_dir
+  data_dir = local_folder(given, "--data_dir").absolute()
   if archive:  # What is wrong with it is told before anything is written.
     _verify(Path(archive).expanduser(), sha256)
 
@@ -71,21 +74,22 @@ def prepare_cifar10(
           },
         )
 
-  data_dir.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
-    if archive:
-      file = Path(archive).expanduser()
-    else:
-      file = Path(temporary, "archive.tar.gz")
-      _download(url, file)
-      _verify(file, sha256)
-    with tarfile.open(file) as tar:
-      tar.extractall(temporary, filter="data")
-    builder = Cifar10(data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare(
-      download_dir=temporary,
-      download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-    )
+  with storage.writable(given, "--data_dir"):
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+      if archive:
+        file = Path(archive).expanduser()
+      else:
+        file = Path(temporary, "archive.tar.gz")
+        _download(url, file)
+        _verify(file, sha256)
+      with tarfile.open(file) as tar:
+        tar.extractall(temporary, filter="data")
+      builder = Cifar10(data_dir=str(data_dir), file_format="array_record")
+      builder.download_and_prepare(
+        download_dir=temporary,
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
   return Path(builder.data_dir)
 
 

@@ -1,15 +1,17 @@
 """Decoding a dataset once, into a folder that TFDS reads too."""
 
+import contextlib
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from tqdm import auto
 
-from simclr_jax import sources
+from simclr_jax import sources, storage
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch
 from simclr_jax.datasets.checking import CHUNK, header
@@ -36,7 +38,8 @@ def pack(
   stopped is continued: complete files are kept.
 
   Args:
-    splits: split -> source, all with the same classes and channels.
+    splits: split -> source, all with the same classes and channels. A name is
+      of letters, digits, _ and -, and not "all".
     output: the data_dir; the dataset is in output/name/1.0.0.
     canvas_size: longest side in pixels; larger images are shrunk to it.
     name: of the dataset: lower-case letters, digits and _.
@@ -48,30 +51,99 @@ def pack(
     The folder that was written.
 
   Raises:
-    UserError: a damaged image, or a folder that holds something else.
+    UserError: a damaged image, a split without a good one, a folder that
+      holds something else or cannot be written. Complete files are kept for
+      the next time; where there are none, no folder is left.
 
   >>> source = sources.make_source("digits", split="test")
   >>> pack({"test": source}, output="packed", canvas_size=8).as_posix()
   'packed/packed/1.0.0'
   """
-  from array_record.python import array_record_module
+  _check(name, splits, canvas_size)
+  folder = local_folder(output, "--output") / name / "1.0.0"
+  prints = [source.fingerprint for source in splits.values()]
+  key = f"{canvas_size} {lossless} {_SHARD_SIZE} {_JPEG_QUALITY} {prints}\n"
+  options = {"lossless": lossless, "on_skip": on_skip}
+  with storage.writable(output, "--output"), _claimed(folder, key):
+    lengths = _write_splits(folder, name, splits, canvas_size, **options)
+    _write_info(folder, name, splits, lengths)
+  return folder
 
+
+def _check(name, splits, canvas_size):
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
       f'--as is "{name}"; use lower-case letters, digits and _, and begin '
       "with a letter."
     )
-  folder = Path(output).expanduser() / name / "1.0.0"
+  if canvas_size < 1:
+    raise UserError(
+      f"--canvas_size must be 1 pixel or more, got {canvas_size}."
+    )
+  for split in splits:
+    if split == "all":
+      raise UserError(
+        '--splits: "all" is TFDS\'s name for all splits together; pack them by '
+        "their names, such as --splits=train,test."
+      )
+    if not re.fullmatch(r"[\w-]+", split):
+      raise UserError(
+        f'--splits: "{split}" is no name of a split (letters, digits, _ and '
+        "-); pack the whole split and take a slice of the pack."
+      )
+
+
+def local_folder(path: str | os.PathLike, flag: str) -> Path:
+  """A folder to write to, with `~` for the home expanded.
+
+  Raises:
+    UserError: no name, or one in a bucket, which a Path would make "gs:" of.
+
+  >>> local_folder("packed", "--output").as_posix()
+  'packed'
+  """
+  if not os.fspath(path):
+    raise UserError(f"{flag} is empty; name a folder.")
+  if "://" in str(path):
+    raise UserError(
+      f"{flag}={path} is in a bucket; give a folder of this machine and copy "
+      "it there."
+    )
+  return Path(path).expanduser()
+
+
+@contextlib.contextmanager
+def _claimed(folder, key):
+  """Makes the folder of a pack, or takes that of the same pack once more.
+
+  After an error nothing is left of one that has no complete file.
+  """
+  created = [d for d in folder.parents if not d.exists()]
   folder.mkdir(parents=True, exist_ok=True)
-  prints = [source.fingerprint for source in splits.values()]
-  key = f"{canvas_size} {lossless} {_SHARD_SIZE} {_JPEG_QUALITY} {prints}\n"
   marker = folder / "source.txt"
-  if marker.exists() and marker.read_text() != key:
+  ours = marker.exists() and marker.read_text() == key
+  if not ours and any(folder.iterdir()):
     raise UserError(
       f"{folder} holds a pack of other images or of another size; give another "
       "--output or --as, or delete it."
     )
-  marker.write_text(key)
+  try:
+    marker.write_text(key)
+    yield
+  except Exception:
+    # Whatever is mended, the pack is one of other images then.
+    if not any(folder.glob(f"{folder.parent.name}-*.array_record-*")):
+      shutil.rmtree(folder)
+      with contextlib.suppress(OSError):  # Others may have written there.
+        for parent in created:
+          parent.rmdir()
+    raise
+
+
+def _write_splits(folder, name, splits, canvas_size, **options):
+  """Writes the files that are not there; split -> records of each file."""
+  from array_record.python import array_record_module
+
   lengths: dict[str, list[int]] = {}
   total = sum(len(source) for source in splits.values())
   with auto.tqdm(total=total, unit="image", disable=None) as bar:
@@ -85,24 +157,42 @@ def pack(
           f"{name}-{split}.array_record-{shard:05}-of-{num_shards:05}"
         )
         if not file.exists():
-          partial = file.with_name(f"partial-{file.name}")
-          writer = array_record_module.ArrayRecordWriter(
-            str(partial), "group_size:1"
+          _write_file(
+            file, _packed(source, indices, canvas_size, **options), bar
           )
-          for record in _packed(
-            source, indices, canvas_size, lossless=lossless, on_skip=on_skip
-          ):
-            writer.write(record)
-            bar.update()
-          writer.close()
-          partial.rename(file)
         else:
           bar.update(len(indices))
         reader = array_record_module.ArrayRecordReader(str(file))
         lengths[split].append(reader.num_records())
         reader.close()
-  _write_info(folder, name, splits, lengths)
-  return folder
+      if not sum(lengths[split]):  # TFDS would not open it.
+        for file in folder.glob(f"{name}-*.array_record-*"):
+          file.unlink()
+        raise UserError(
+          f"none of the {len(source)} images of {source.name} {source.split} "
+          "can be read; nothing is packed."
+        )
+  return lengths
+
+
+def _write_file(file, records, bar):
+  """Writes records under the name of `file` once all are there."""
+  from array_record.python import array_record_module
+
+  partial = file.with_name(f"partial-{file.name}")
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    try:
+      for record in records:
+        writer.write(record)
+        bar.update()
+    finally:
+      writer.close()
+    partial.rename(file)
+  except RuntimeError as error:  # What array_record makes of the system's.
+    raise OSError(str(error).partition(";")[0]) from error
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def _packed(source, indices, canvas_size, *, lossless, on_skip):
@@ -174,7 +264,13 @@ def _write_info(folder, name, splits, lengths):
     "file_name": tfds.features.Text(),
   }
   if source.num_classes:
-    features["label"] = tfds.features.ClassLabel(names=source.label_names)
+    # In a file of UTF-8, one a line; names of folders have any bytes.
+    names = [
+      name.encode("utf-8", "backslashreplace").decode()
+      for name in source.label_names
+    ]
+    names = [name.translate({10: r"\n", 13: r"\r"}) for name in names]
+    features["label"] = tfds.features.ClassLabel(names=names)
   identity = dataset_info.DatasetIdentity(
     name=name,
     version=tfds.core.Version("1.0.0"),

@@ -56,8 +56,14 @@ def open_folder(
     A `Source`; its note says what was understood. Class names are sorted.
 
   Raises:
-    UserError: no such folder or split, no image, a mistake in the csv.
+    UserError: no such folder or split, no image, a mistake in the csv, no
+      such part.
   """
+  if not 0 <= eval_fraction < 1:  # nan neither
+    raise UserError(
+      "data.eval_fraction must be 0 or more and below 1, got "
+      f"{eval_fraction:g}; 0.2 holds out a fifth."
+    )
   root = os.path.realpath(os.path.expanduser(path))
   if not os.path.isdir(root):
     raise UserError(f"data.name: there is no folder {shown(path)}.")

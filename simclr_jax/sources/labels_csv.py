@@ -1,5 +1,6 @@
 """labels.csv: the few labels that there are, one file a line."""
 
+import codecs
 import csv
 import os
 import unicodedata
@@ -11,7 +12,7 @@ def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
   """Reads `file,label[,split]`, with this first line; other columns are free.
 
   Args:
-    path: of the csv, UTF-8.
+    path: of the csv, UTF-8; a file's name may have any bytes.
     files: paths of all images, relative to the folder.
 
   Returns:
@@ -23,6 +24,9 @@ def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
     UserError: names the line and what is wrong with it.
   """
   try:
+    with open(path, "rb") as file:
+      _check_text(path, file.read(1 << 12))
+    # What is not UTF-8 becomes what os.listdir makes of such a file's name.
     with open(
       path, encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as file:
@@ -58,6 +62,12 @@ def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
     if file not in position:
       raise UserError(f"{where}: {_unknown(fields['file'], files)}")
     i, value = position[file], (fields["label"], fields.get("split", ""))
+    for name, text in zip(("label", "split"), value, strict=True):
+      if not _is_utf8(text):  # It would be a class of its own.
+        raise UserError(
+          f'{where}: the {name} "{shown(text)}" is not UTF-8; save the csv as '
+          "UTF-8."
+        )
     if file in line_of and value != (labels[i], splits[i]):
       raise UserError(
         f"{where}: {shown(file)} is in line {line_of[file]} too, as "
@@ -82,6 +92,24 @@ def _rows(path, reader):
     raise UserError(f"{shown(path)} line {reader.line_num}: {error}.") from None
 
 
+def _check_text(path, start):
+  """UserError where the first bytes are of another kind of file."""
+  if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise UserError(f"{shown(path)} is UTF-16; save it as UTF-8.")
+  if b"\0" in start:
+    raise UserError(
+      f"{shown(path)} is not text in UTF-8; save it as a csv in UTF-8."
+    )
+
+
+def _is_utf8(text):
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # A byte that surrogateescape has kept.
+    return False
+  return True
+
+
 def _unknown(file, files):
   """What to say about a file that is not there."""
   name = os.path.basename(file)
@@ -94,6 +122,8 @@ def _unknown(file, files):
       f"{text}, but {len(same)} of that name, such as {shown(same[0])} and "
       f"{shown(same[1])}; write the path."
     )
+  if not _is_utf8(file):
+    return f"{text}, and the name is not UTF-8; save the csv as UTF-8."
   return f"{text}; paths are relative to it."
 
 

@@ -10,7 +10,7 @@ printed. The same command again continues what was stopped, tries again what
 failed and repeats nothing. It can be started any number of times at once, on
 machines that share DIR: a cell belongs to the process that holds its lock,
 which the system takes back should the process die. --task=I/N divides the grid
-without locks instead, for file systems that have none.
+without locks instead, for file systems that have none. DIR is not in a bucket.
 
 --config.FIELD sets a field of all runs, --pretrain.FIELD, --finetune.FIELD and
 --distill.FIELD one of a stage's. Networks are distilled into the first size.

@@ -6,12 +6,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_jax import cli, sweep
+from simclr_jax import cli, storage, sweep
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 from simclr_jax.sweep import page
 from simclr_jax.sweep.claims import Claim, make_claim_cells, make_claims
-from simclr_jax.sweep.grid import METHODS, SIZES, Cell, check_cells, make_cells
+from simclr_jax.sweep.grid import (
+  METHODS,
+  SIZES,
+  Cell,
+  check_cells,
+  make_cells,
+)
 from simclr_jax.sweep.running import STAGES, run_cells
 
 
@@ -32,7 +38,7 @@ def _main(argv) -> int:
     allow_abbrev=False,
   )
   parser.add_argument("--recipe", default="digits")
-  parser.add_argument("--workdir", type=Path, required=True)
+  parser.add_argument("--workdir", required=True)
   parser.add_argument(
     "--claims",
     action="store_true",
@@ -44,10 +50,12 @@ def _main(argv) -> int:
   parser.add_argument("--methods", help=",".join(METHODS))
   parser.add_argument("--task", default="", help="I/N: part I of N, from 0")
   args, rest = parser.parse_known_args(argv)
-  workdir = args.workdir.expanduser().absolute()
-  cells, claims = _plan(args, [_parse_field(flag) for flag in rest])
+  workdir = _folder(args.workdir)
+  fields = [_parse_field(flag) for flag in rest]
+  cells, claims = _plan(args, fields)
   mine = _part(cells, args.task)
-  check_cells(cells, workdir)
+  with storage.writable(workdir, "--workdir"):
+    check_cells(cells, workdir, fields)
   os.environ["JAX_NUM_PROCESSES"] = "1"  # processes share cells, not a run
   cli.setup()
   try:
@@ -61,6 +69,17 @@ def _main(argv) -> int:
   return 1 if failed else 0
 
 
+def _folder(workdir: str) -> Path:
+  if not workdir:
+    raise UserError("--workdir is empty; name a folder.")
+  if "://" in workdir:  # In a Path, gs:// is gs:/, a folder here.
+    raise UserError(
+      f"--workdir={workdir} is in a bucket, which has no locks; give a folder "
+      "that the machines share."
+    )
+  return Path(workdir).expanduser().absolute()
+
+
 def _plan(args, fields) -> tuple[list[Cell], list[Claim]]:
   """The cells, and the claims where these are asked for."""
   sizes = args.sizes or SIZES.get(args.recipe.partition(",")[0])
@@ -71,13 +90,15 @@ def _plan(args, fields) -> tuple[list[Cell], list[Claim]]:
     )
   grid = {
     "recipe": args.recipe,
-    "sizes": sizes.split(","),
+    "sizes": list(dict.fromkeys(sizes.split(","))),
     "percents": _numbers("labels", args.labels, float),
     "seeds": _numbers("seeds", args.seeds, int),
     "fields": fields,
   }
   if not all(0 < percent <= 100 for percent in grid["percents"]):
     raise UserError(f"--labels: above 0 and at most 100, got {args.labels}.")
+  if not all(0 <= seed < 2**32 for seed in grid["seeds"]):
+    raise UserError(f"--seeds: 0 or more and below 2**32, got {args.seeds}.")
   if args.claims:
     if args.methods:
       raise UserError("--methods does not go with --claims.")
@@ -98,7 +119,8 @@ def _plan(args, fields) -> tuple[list[Cell], list[Claim]]:
 
 def _numbers(name: str, text: str, kind) -> list:
   try:
-    return [kind(part) for part in text.split(",")]
+    # Twice the same would be one run that counts as two.
+    return list(dict.fromkeys(kind(part) for part in text.split(",")))
   except ValueError:
     raise UserError(
       f"--{name}: numbers with commas between them, got {text!r}."
@@ -121,7 +143,7 @@ def _part(cells: Sequence[Cell], task: str) -> Sequence[Cell]:
   if not task:
     return cells
   index, _, count = task.partition("/")
-  if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+  if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
     raise UserError(f'--task: I/N with I from 0 to N - 1, got "{task}".')
   chains = list(dict.fromkeys((cell.size, cell.seed) for cell in cells))
   mine = chains[int(index) :: int(count)]

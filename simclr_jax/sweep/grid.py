@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,6 +184,8 @@ def _parse_size(text: str) -> tuple[int, float]:
   depth, _, width = text.partition("x")
   try:
     numbers = int(depth), float(width)
+    if math.isinf(64 * numbers[1]):  # the widest layer's channels
+      raise ValueError
   except ValueError:
     raise UserError(
       f'--sizes: "{text}" is no size; give depth x width, such as 18x0.25.'
@@ -196,14 +200,30 @@ def _parse_size(text: str) -> tuple[int, float]:
   return numbers
 
 
-def check_cells(cells: Sequence[Cell], workdir: Path) -> None:
-  """Parses every command, and compares it with the run that is there.
+def check_cells(
+  cells: Sequence[Cell],
+  workdir: Path,
+  fields: Sequence[tuple[str, str]] = (),
+) -> None:
+  """Checks every command, and compares it with the run that is there.
+
+  Args:
+    cells: from `make_cells`.
+    workdir: of the sweep.
+    fields: those that `make_cells` got, for messages.
 
   Raises:
-    UserError: an unknown field, a value of a wrong type, or another run.
+    UserError: an unknown field, a value of a wrong type or out of its range,
+      or another run.
   """
   for cell in cells:
-    config, folder = cli.parse(command(cell, workdir), stage=cell.stage)
+    try:
+      config, folder = cli.parse(command(cell, workdir), stage=cell.stage)
+      # Runs ask the same, of all devices; one mistake would fail every cell.
+      config_lib.check(config, num_devices=1)
+    except UserError as error:
+      text = _as_given(str(error), cell.stage, fields)
+      raise UserError(text) from None
     file = Path(folder) / "config.json"
     if not file.exists():
       continue
@@ -217,3 +237,17 @@ def check_cells(cells: Sequence[Cell], workdir: Path) -> None:
           f"{stored.get(name)!r}, is {value!r}. Give the values it has, or "
           "take another --workdir."
         )
+
+
+def _as_given(text: str, stage: str, fields) -> str:
+  """A message about config.FIELD, with stage.FIELD where that set it."""
+  scopes = {
+    field.partition("=")[0]: scope
+    for scope, field in fields
+    if scope in (stage, "config")
+  }
+  return re.sub(
+    r"\bconfig\.([\w.]*\w)",
+    lambda found: f"{scopes.get(found[1], 'config')}.{found[1]}",
+    text,
+  )

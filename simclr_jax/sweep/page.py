@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from simclr_jax import storage
 from simclr_jax.provenance import provenance
 from simclr_jax.sweep import figure, findings, results
 from simclr_jax.sweep.claims import Claim
@@ -19,6 +20,9 @@ def write(
 
   label_efficiency.{csv,png,svg}, or claims.{csv,md} where there are claims; and
   report.html, which shows both where both are there.
+
+  Raises:
+    UserError: `workdir` cannot be written.
   """
   rows = results.collect(cells, workdir)
   if not rows:
@@ -45,8 +49,10 @@ def _write(workdir: Path, files: Mapping[str, str | bytes]) -> None:
   for name, content in files.items():
     # Other processes write it too.
     draft = workdir / f".{name}.{os.getpid()}"
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    draft.replace(workdir / name)
+    data = content.encode() if isinstance(content, str) else content
+    with storage.writable(workdir, "--workdir"):
+      draft.write_bytes(data)
+      draft.replace(workdir / name)
 
 
 def render(workdir: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from simclr_jax import cli, distill, finetune, pretrain
+from simclr_jax import cli, distill, finetune, pretrain, storage
 from simclr_jax.config import Diverged, UserError
 from simclr_jax.sweep.grid import Cell, command
 
@@ -25,10 +25,14 @@ def run_cells(
 
   A cell that fails is reported, and those that need it fail with it; the
   others run. Cells that another process runs are waited for.
+
+  Raises:
+    UserError: `workdir` cannot be written, or has no locks.
   """
   pending = {cell.name: cell for cell in cells}
   failed: list[str] = []
-  (workdir / ".locks").mkdir(parents=True, exist_ok=True)
+  with storage.writable(workdir, "--workdir"):
+    (workdir / ".locks").mkdir(parents=True, exist_ok=True)
   while pending:
     before = len(pending)
     for name, cell in list(pending.items()):
@@ -53,7 +57,9 @@ def run_cells(
 @contextlib.contextmanager
 def _lock(file: Path) -> Iterator[bool]:
   """Whether this process has got the lock, which ends with the process."""
-  with file.open("w") as handle:
+  with storage.writable(file.parents[1], "--workdir"):
+    handle = file.open("w")
+  with handle:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,6 +92,7 @@ def _run_cell(cell: Cell, workdir: Path) -> bool:
   finally:
     jax.clear_caches()  # no other cell runs the same compiled functions
   print(f"failed: {cell.name}: {text}", end="", file=sys.stderr, flush=True)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(line + text)
+  with storage.writable(workdir, "--workdir"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(line + text)
   return False
