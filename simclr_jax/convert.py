@@ -10,7 +10,6 @@ classifier sits, as a fine-tuned network: --config.teacher of distill.
 import argparse
 import collections
 import difflib
-import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from simclr_jax import (
   checkpoint,
   cli,
+  errors,
   models,
   resnet,
   rundir,
@@ -316,11 +316,16 @@ def main(argv=None) -> None:
     "stem",
   )
   args = parser.parse_args(argv)
-  try:
+  with errors.ending():
     names = ()
     if args.label_names:
       try:
-        names = Path(args.label_names).expanduser().read_text().split("\n")
+        file = Path(args.label_names).expanduser()
+        names = file.read_text(encoding="utf-8").split("\n")
+      except UnicodeDecodeError:
+        raise UserError(
+          f"--label_names={args.label_names}: is no text (UTF-8, a name a line)"
+        ) from None
       except OSError as error:
         raise UserError(
           f"--label_names={args.label_names}: {error.strerror}"
@@ -333,9 +338,6 @@ def main(argv=None) -> None:
       label_names=[name for name in names if name],
       image_size=args.image_size,
     )
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

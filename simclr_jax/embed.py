@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from simclr_jax import cli, feature_file, network, parallel
+from simclr_jax import cli, errors, feature_file, network, parallel
 from simclr_jax.config import UserError
 from simclr_jax.provenance import provenance
 
@@ -75,12 +74,9 @@ def embed(
   >>> np.load("digits.npz")["features"].shape
   (360, 32)
   """
-  output = Path(output).expanduser()
   parallel.agree(_problem_of(output))
-  if on_error not in ("raise", "skip"):
-    raise UserError(
-      f'--on_error: got "{on_error}", allowed are "raise" and "skip"'
-    )
+  output = Path(output).expanduser()
+  _check_options(eval_fraction, batch_size, on_error)
   net = network.load(checkpoint)
   network.check_layer(net, layer)
   source = network.open_source(
@@ -101,10 +97,16 @@ def embed(
     "layer": layer,
     "image_size": net.config.data.image_size,
   }
-  names = (*net.label_names, *source.label_names)
-  label_names = list(dict.fromkeys(names))  # the classifier's first
+  # The classifier's come first, and whole: its outputs are numbered so.
+  label_names = list(net.label_names)
+  label_names += [x for x in source.label_names if x not in net.label_names]
   # Class k of the dataset is number[k]; its last entry is for -1.
   number = np.array([*map(label_names.index, source.label_names), -1], np.int32)
+  numbers = {
+    "num_outputs": len(net.label_names),
+    "data_classes": number[:-1].tolist(),
+    "num_neighbors": net.config.knn.num_neighbors if "knn" in net.config else 0,
+  }
 
   parts = output.with_name(f"{output.name}.parts")
   with _claimed(parts, about) as start:
@@ -128,7 +130,9 @@ def embed(
     problem, shape = "", (0, 0)
     if jax.process_index() == 0:
       with _writing(output) as failed:
-        shape = _assemble(output, parts, label_names, about | provenance())
+        shape = _assemble(
+          output, parts, label_names, about | numbers | provenance()
+        )
       problem = "".join(failed)
     parallel.agree(problem)
   result = {
@@ -147,14 +151,35 @@ def embed(
   return result
 
 
-def _problem_of(output: Path) -> str:
+def _check_options(eval_fraction, batch_size, on_error):
+  """Before anything is read, and before a folder is made for parts."""
+  if on_error not in ("raise", "skip"):
+    raise UserError(
+      f'--on_error: got "{on_error}", allowed are "raise" and "skip"'
+    )
+  if not 0 <= eval_fraction < 1:  # nor nan
+    raise UserError(
+      f"--eval_fraction: got {eval_fraction:g}, must be from 0 to below 1; 0.2 "
+      "holds out a fifth"
+    )
+  devices = jax.device_count()
+  if batch_size < 0 or batch_size % devices:
+    raise UserError(
+      f"--batch_size: got {batch_size}, must be a multiple of the {devices} "
+      "devices"
+    )
+
+
+def _problem_of(output) -> str:
   """Why this file cannot be made, or ""."""
-  if output.suffix not in feature_file.SUFFIXES or "://" in str(output):
+  path = Path(output).expanduser()
+  # In a Path, gs:// is gs:/, a folder here.
+  if path.suffix not in feature_file.SUFFIXES or "://" in str(output):
     return (
       f"--output={output} must be a local file whose name ends in "
       f"{' or '.join(feature_file.SUFFIXES)}"
     )
-  if jax.process_index() == 0 and os.path.lexists(output):
+  if jax.process_index() == 0 and os.path.lexists(path):
     return (
       f"--output={output} exists already and is left as it is; give another"
     )
@@ -176,48 +201,55 @@ def _writing(what) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _claimed(parts: Path, about: dict) -> Iterator[int]:
-  """Holds the folder of parts; yields how many images are in it (host 0)."""
-  problem, lock, start = "", None, 0
+  """Holds the folder of parts; yields how many images are in it (host 0).
+
+  An end without any row leaves no folder.
+  """
+  problem, lock, start, command = "", None, 0, parts / "command.json"
   if jax.process_index() == 0:
     with _writing(parts) as failed:
       parts.mkdir(parents=True, exist_ok=True)
-      lock = (parts / "command.json").open("a+")
-      problem = _problem_of_parts(lock, parts, about)
-      start = max((stop for _, stop, _ in _parts(parts)), default=0)
+      lock = (parts / "lock").open("a")
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        problem = _problem_of_parts(parts, command, about)
+      except BlockingIOError:
+        problem = f"{parts} is being written by another process"
+      found = feature_file.parts(parts)
+      start = max((stop for _, stop, _ in found), default=0)
     problem = "".join(failed) or problem
   try:
     parallel.agree(problem)
     yield start
   finally:
     if lock:
+      if not problem and not feature_file.parts(parts):
+        with contextlib.suppress(OSError):  # also where others keep files in it
+          for file in (command, parts / "lock", *parts.glob("*.draft")):
+            file.unlink(missing_ok=True)
+          parts.rmdir()
       lock.close()
 
 
-def _problem_of_parts(lock, parts, about):
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return f"{parts} is being written by another process"
-  lock.seek(0)
-  text = lock.read()
-  if text:
-    stored = json.loads(text)
-    differ = sorted(k for k in about if about[k] != stored.get(k))
+def _problem_of_parts(parts, command, about):
+  """Notes the command, or says why rows that are there are not its own."""
+  if feature_file.parts(parts):
+    try:
+      stored = json.loads(command.read_text())
+      differ = sorted(k for k in about if about[k] != stored.get(k))
+    except (ValueError, AttributeError, OSError):
+      return f"{command} is damaged; give another --output, or remove {parts}"
     if differ:
+      other = ", ".join(differ).replace("fingerprint", "files of --data")
       return (
         f"{parts} has the first part of another command's result (other: "
-        f"{', '.join(differ)}); give another --output, or remove it"
+        f"{other}); give another --output, or remove it"
       )
-  else:
-    lock.write(json.dumps(about))
-    lock.flush()
+  else:  # whatever an earlier start has left: there is no row of it
+    draft = command.with_suffix(".draft")
+    draft.write_text(json.dumps(about))
+    draft.replace(command)  # a kill leaves all of it or none
   return ""
-
-
-def _parts(folder: Path) -> list[tuple[int, int, Path]]:
-  """(first image, image after the last, file) of each part, in order."""
-  files = sorted(folder.glob("[0-9]*-[0-9]*.npz"))
-  return [(*map(int, file.stem.split("-")), file) for file in files]
 
 
 def _write_parts(parts, rows, source, number, start) -> None:
@@ -235,9 +267,9 @@ def _write_parts(parts, rows, source, number, start) -> None:
     return f"{prefix}{index}"
 
   def write():
-    if is_writer and held:
+    if any(map(len, held.get("files", ()))):  # nowhere but on the writer
       with _writing(parts) as failed:
-        _write_part(parts / f"{first:012}-{stop:012}.npz", held)
+        feature_file.write_part(parts, first, stop, held)
       if failed:
         raise UserError("".join(failed))
 
@@ -267,22 +299,12 @@ def _write_parts(parts, rows, source, number, start) -> None:
     write()
 
 
-def _write_part(path, held):
-  arrays = {name: np.concatenate(values) for name, values in held.items()}
-  draft = path.with_suffix(".draft")
-  with draft.open("wb") as file:
-    np.savez(file, **arrays)
-    file.flush()
-    os.fsync(file.fileno())
-  draft.replace(path)
-
-
 def _assemble(output, parts, label_names, about) -> tuple[int, int]:
   """Joins the parts to one file; returns the shape of its features."""
   draft = parts / "whole"
   shape = feature_file.write(
     draft,
-    [file for _, _, file in _parts(parts)],
+    [file for _, _, file in feature_file.parts(parts)],
     label_names=label_names,
     about=about,
     suffix=output.suffix,
@@ -313,13 +335,10 @@ def main(argv=None) -> None:
   add("--batch_size", type=int, default=0, help="images over all devices")
   add("--on_error", default="raise", help="at a damaged image: raise or skip")
   args = parser.parse_args(argv)
-  try:
+  with errors.ending():
     cli.setup()
     with parallel.together():
       embed(**vars(args))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

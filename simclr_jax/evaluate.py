@@ -15,7 +15,6 @@ as --draws says. Several results are given as mean and standard deviation.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +22,15 @@ import jax
 import numpy as np
 from sklearn import model_selection
 
-from simclr_jax import cli, data, feature_file, network, parallel, probes
+from simclr_jax import (
+  cli,
+  data,
+  errors,
+  feature_file,
+  network,
+  parallel,
+  probes,
+)
 from simclr_jax.config import UserError, nearest
 from simclr_jax.feature_file import Features
 from simclr_jax.provenance import provenance
@@ -95,27 +102,21 @@ def evaluate(
       f"--draws={draws} must be 1 or more, --folds={folds} 2 or more (0: "
       f"none) and --num_neighbors={num_neighbors} not negative"
     )
+  if not 0 <= seed < 2**32:  # scikit-learn takes no other
+    raise UserError(f"--seed: got {seed}, must be from 0 to {2**32 - 1}")
   is_writer = jax.process_index() == 0
-  exists = output and is_writer and os.path.lexists(output)
-  parallel.agree(
-    f"--output={output} exists already and is left as it is; give another"
-    if exists
-    else ""
-  )
+  parallel.agree(_problem_of(output) if output and is_writer else "")
   if checkpoint:
     train, test, about = _of_run(checkpoint, layer, folds, batch_size)
   else:
-    train = feature_file.read(features)
-    test = None
-    if test_features:
-      test = feature_file.read(test_features, field="--test_features")
-      _check_fit(train, test, features, test_features)
+    train, *rest = feature_file.read_to_fit(features, test_features)
+    test = rest[0] if rest else None
     about = {
       "features": features,
       "test_features": test_features,
       **train.about,
     }
-  about["num_neighbors"] = k = num_neighbors or about.get("num_neighbors", 20)
+  about["num_neighbors"] = k = num_neighbors or about.get("num_neighbors") or 20
   folds = folds or (0 if test else _FOLDS)
   plans = _plans(train, test, per_class, draws, folds, seed)
   rows = _classifier(test or train)
@@ -138,6 +139,20 @@ def evaluate(
           f"--output={output} cannot be written: {error.strerror}"
         ) from None
   return result
+
+
+def _problem_of(output) -> str:
+  """Why this file cannot be made, or ""."""
+  path = Path(output).expanduser()
+  if "://" in str(output):
+    return f"--output={output} must be a local file"
+  if os.path.lexists(path):
+    return (
+      f"--output={output} exists already and is left as it is; give another"
+    )
+  if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    return f"--output={output}: there is no folder {path.parent} to write to"
+  return ""
 
 
 def _of_run(checkpoint, layer, folds, batch_size):
@@ -166,13 +181,20 @@ def _of_run(checkpoint, layer, folds, batch_size):
     found = {
       k: np.concatenate([b[k] for b in batches])[kept] for k in batches[0]
     }
-    # The classifier's classes are numbered as its own dataset was.
-    same = net.label_names == source.label_names
+    predictions = found.get("predictions")
+    if predictions is not None:
+      # The classifier's classes are numbered as its own dataset was.
+      has_all = {*source.label_names} <= {*net.label_names}
+      predictions = (
+        feature_file.renumber(predictions, net.label_names, source.label_names)
+        if has_all
+        else None
+      )
     return Features(
       features=found["features"],
       labels=found["labels"],
       label_names=source.label_names,
-      predictions=found.get("predictions") if same else None,
+      predictions=predictions,
       about={},
     )
 
@@ -189,23 +211,6 @@ def _of_run(checkpoint, layer, folds, batch_size):
     features(fields.eval_split) if fields.eval_split and not folds else None
   )
   return train, test, about
-
-
-def _check_fit(train, test, features, test_features):
-  for what, a, b in (
-    ("label_names", train.label_names, test.label_names),
-    ("features a row", train.features.shape[1], test.features.shape[1]),
-    ("layer", train.about.get("layer"), test.about.get("layer")),
-    ("checkpoint", _hash_of(train), _hash_of(test)),
-  ):
-    if a != b:
-      raise UserError(
-        f"{features} and {test_features} differ in {what}: {a} and {b}"[:300]
-      )
-
-
-def _hash_of(file):
-  return file.about.get("checkpoint", {}).get("hash")
 
 
 def _plans(train, test, per_class, draws, folds, seed):
@@ -333,13 +338,10 @@ def main(argv=None) -> None:
   add("--output", default="", help="a new JSON file for the result")
   args = vars(parser.parse_args(argv))
   probe_names = [name for name in args.pop("probes").split(",") if name]
-  try:
+  with errors.ending():
     cli.setup()
     with parallel.together():
       evaluate(probe_names=probe_names, **args)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,20 @@ model card beside says how to load the file and what it is.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import cli, model_card, network, parallel, torchvision_names
+from simclr_jax import (
+  cli,
+  errors,
+  model_card,
+  network,
+  parallel,
+  torchvision_names,
+)
 from simclr_jax.config import UserError
 
 FORMATS = ("torchvision", "stablehlo")
@@ -56,6 +62,9 @@ def export(checkpoint, output, *, kind: str) -> Path:
     raise UserError(
       f'--format: got "{kind}", allowed are {" and ".join(FORMATS)}'
     )
+  # In a Path, gs:// is gs:/, a folder here.
+  if "://" in str(output) or not Path(output).name:
+    raise UserError(f"--output={output} must be a local file")
   output = Path(output).expanduser()
   card = output.with_name("README.md")
   if os.path.lexists(card):
@@ -66,8 +75,6 @@ def export(checkpoint, output, *, kind: str) -> Path:
         f"--output={output}: {path} exists already and is left as it is; give "
         "another"
       )
-  if "://" in str(output) or not output.name:
-    raise UserError(f"--output={output} must be a local file")
   net = network.load(checkpoint, dtype="float32", conv="xla")
   make = _torchvision if kind == "torchvision" else _stablehlo
   content, options = make(net, output.name)
@@ -224,13 +231,10 @@ def main(argv=None) -> None:
   add("--format", required=True, dest="kind", help=" or ".join(FORMATS))
   add("--output", required=True, help="the new file")
   args = parser.parse_args(argv)
-  try:
+  with errors.ending():
     cli.setup()
     with parallel.together():
       export(**vars(args))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

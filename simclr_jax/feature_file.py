@@ -2,10 +2,13 @@
 
 Columns: "features" float32 [n, C], "files", "labels" int32 (-1 unknown) and,
 from a network with a classifier, "predictions" int32. Beside them stand
-"label_names" and "about", a JSON object of what made the file.
+"label_names" and "about", a JSON object of what made the file. The first
+about["num_outputs"] of label_names are the classifier's; about["data_classes"]
+are the numbers of the dataset's own, in its order.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import zipfile
@@ -49,7 +52,7 @@ def read(path, *, field: str = "--features") -> Features:
     field: the name of the option that gave it, for messages.
 
   Raises:
-    UserError: no such file, or it holds no features.
+    UserError: no such file, or it holds no features, or a label without name.
   """
   path = Path(path).expanduser()
   try:
@@ -72,34 +75,141 @@ def read(path, *, field: str = "--features") -> Features:
       f'{field}: {path} has no "features", only '
       f"{', '.join(map(repr, columns)) or 'nothing'}"
     )
+  if (
+    features.ndim != 2
+    or not features.shape[1]
+    or not np.issubdtype(features.dtype, np.floating)
+  ):
+    raise UserError(
+      f"{field}: features in {path} must be floats [n, C], C above 0; they "
+      f"are {features.dtype} of shape {features.shape}"
+    )
+  if not np.isfinite(features).all():
+    raise UserError(f"{field}: features in {path} are not all finite")
   num = len(features)
-  labels = columns.get("labels", np.full(num, -1, np.int32))
-  predictions = columns.get("predictions")
-  for name, values in (("labels", labels), ("predictions", predictions)):
-    if values is not None and (
-      values.shape != (num,) or not np.issubdtype(values.dtype, np.integer)
-    ):
+  columns.setdefault("labels", np.full(num, -1, np.int32))
+  for name in {"labels", "predictions"} & columns.keys():
+    values = columns[name]
+    if values.shape != (num,) or not np.issubdtype(values.dtype, np.integer):
       raise UserError(
         f"{field}: {name} in {path} must be {num} whole numbers, they are "
         f"{values.dtype} of shape {values.shape}"
       )
-  if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
-    raise UserError(
-      f"{field}: features in {path} must be floats [n, C], they are "
-      f"{features.dtype} of shape {features.shape}"
-    )
-  if not np.isfinite(features).all():
-    raise UserError(f"{field}: features in {path} are not all finite")
+    if np.issubdtype(values.dtype, np.unsignedinteger):  # has no -1
+      columns[name] = values.astype(np.int64)
+  labels = columns["labels"]
+  highest = labels.max(initial=-1)
   names = columns.get("label_names")
   if names is None:
-    names = np.arange(labels.max(initial=-1) + 1)
+    names = np.arange(highest + 1)
+  if names.ndim != 1 or highest >= len(names):
+    raise UserError(
+      f"{field}: label {highest} in {path} has no name, label_names is of "
+      f"shape {names.shape}"
+    )
   return Features(
     features=features,
     labels=labels,
     label_names=tuple(map(str, names.tolist())),
-    predictions=predictions,
-    about=json.loads(str(columns.get("about", "{}"))),
+    predictions=columns.get("predictions"),
+    about=_about(columns.get("about", "{}")),
   )
+
+
+def _about(text) -> dict:
+  """The JSON object, or {}: others may mean something else by that name."""
+  try:
+    about = json.loads(str(text))
+  except ValueError:
+    return {}
+  return about if isinstance(about, dict) else {}
+
+
+def read_to_fit(path, test_path="") -> list[Features]:
+  """Reads one file or two, numbered by the classes of their datasets alone.
+
+  `embed` numbers by the classes of the network's classifier first. Here these
+  are left out, as they are where a run is evaluated; and so are predictions,
+  where the classifier lacks a class of the dataset.
+
+  Args:
+    path: of the features to train on.
+    test_path: of those to test on; "": none.
+
+  Raises:
+    UserError: see `read`, or the two do not fit each other.
+  """
+  files = [read(path)]
+  if test_path:
+    test = read(test_path, field="--test_features")
+    files = _fitted(files[0], test, path, test_path)
+  if not any("data_classes" in file.about for file in files):
+    return files
+  names = tuple(dict.fromkeys(itertools.chain(*map(_own_names, files))))
+  return [_numbered_by(names, file) for file in files]
+
+
+def _own_names(file):
+  """Names of the dataset's classes, and of those that labels have got since."""
+  classes = file.about.get("data_classes")
+  if classes is None:
+    return file.label_names
+  found = np.unique(file.labels[file.labels >= 0]).tolist()
+  names = dict(enumerate(file.label_names))
+  return [names[k] for k in dict.fromkeys([*classes, *found]) if k in names]
+
+
+def _numbered_by(names, file):
+  about = dict(file.about)
+  about.pop("data_classes", None)
+  known = file.label_names[: about.pop("num_outputs", None)]
+  predictions = file.predictions
+  if predictions is not None and {*_own_names(file)} <= {*known}:
+    predictions = renumber(predictions, file.label_names, names)
+  else:
+    predictions = None
+  return dataclasses.replace(
+    file,
+    labels=renumber(file.labels, file.label_names, names),
+    label_names=names,
+    predictions=predictions,
+    about=about,
+  )
+
+
+def renumber(values, names: Sequence[str], new_names: Sequence[str]):
+  """Classes int [n] of `names` as those of `new_names`; -1 for all others."""
+  number = {name: k for k, name in enumerate(new_names)}
+  lookup = np.array([*(number.get(name, -1) for name in names), -1], np.int32)
+  return lookup[np.where((values >= 0) & (values < len(names)), values, -1)]
+
+
+def _fitted(train, test, path, test_path):
+  """Both, with the names of the longer where classes have only numbers."""
+  names = max(train.label_names, test.label_names, key=len)
+  if names == tuple(map(str, range(len(names)))):
+    train, test = (
+      dataclasses.replace(file, label_names=names)
+      if file.label_names == names[: len(file.label_names)]
+      else file
+      for file in (train, test)
+    )
+  for what, a, b in (
+    ("label_names", train.label_names, test.label_names),
+    ("features a row", train.features.shape[1], test.features.shape[1]),
+    ("layer", train.about.get("layer"), test.about.get("layer")),
+    ("checkpoint", _hash_of(train), _hash_of(test)),
+  ):
+    if a != b:
+      raise UserError(
+        f"{path} and {test_path} differ in {what}: {a} and {b}"[:300]
+      )
+  return [train, test]
+
+
+def _hash_of(file):
+  checkpoint = file.about.get("checkpoint")
+  return checkpoint.get("hash") if isinstance(checkpoint, dict) else None
 
 
 def _read_parquet(path):
@@ -119,8 +229,34 @@ def _read_parquet(path):
   if b"label_names" in described:
     names = json.loads(described[b"label_names"])
     columns["label_names"] = np.array(names, np.str_)
-    columns["about"] = described[b"about"].decode()
+    columns["about"] = described.get(b"about", b"{}").decode()
   return columns
+
+
+def parts(folder: Path) -> list[tuple[int, int, Path]]:
+  """(first image, image after the last, file) of each part, in order."""
+  files = sorted(folder.glob("[0-9]*-[0-9]*.npz"))
+  return [(*map(int, file.stem.split("-")), file) for file in files]
+
+
+def write_part(
+  folder: Path, first: int, stop: int, columns: dict[str, list[np.ndarray]]
+) -> None:
+  """Writes the rows of images `first` to `stop`, whole or not at all.
+
+  Args:
+    folder: where parts are kept.
+    first: of the images; those that were skipped have no row.
+    stop: the image after the last.
+    columns: arrays to be joined.
+  """
+  path = folder / f"{first:012}-{stop:012}.npz"
+  draft = path.with_suffix(".draft")
+  with draft.open("wb") as file:
+    np.savez(file, **{k: np.concatenate(x) for k, x in columns.items()})
+    file.flush()
+    os.fsync(file.fileno())
+  draft.replace(path)
 
 
 def write(

@@ -260,16 +260,13 @@ def pmap(fn, *, donate_argnums=()):
 
 
 def pmean(tree):
-  """The mean over all devices, within a mapped function.
-
-  A single device's is the tree itself: XLA's CPU backend would copy all of it.
+  """The mean over all devices; XLA would copy that of a single one on CPUs.
 
   >>> float(unreplicate(pmap(pmean)(replicate(2.0))))
   2.0
   """
-  if jax.lax.axis_size(AXIS) == 1:
-    return tree
-  return jax.lax.pmean(tree, AXIS)
+  alone = jax.lax.axis_size(AXIS) == 1
+  return tree if alone else jax.lax.pmean(tree, AXIS)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Features in a file: their values, resuming, damage, memory, messages."""
 
+import json
 import os
 import pathlib
 import signal
@@ -149,6 +150,117 @@ def test_the_same_command_continues(made, whole, tmp_path, monkeypatch, capsys):
       np.testing.assert_array_equal(got[name], want[name])
 
 
+@pytest.mark.parametrize("mistake", ["damaged", "unreadable"])
+def test_a_start_without_a_row_blocks_nothing(tmp_path, made, mistake):
+  """The images are mended, and the same command is given again."""
+  folder, output = tmp_path / "images", tmp_path / "new" / "out.npz"
+  write_images(folder, NUM)
+  files = sorted(folder.rglob("*.png"))
+  hurt = files[:1] if mistake == "damaged" else files
+  whole = {file: file.read_bytes() for file in hurt}
+  options = {"on_error": "raise" if mistake == "damaged" else "skip"}
+  mine = (made[0] / "run", f"folder:{folder}", output)
+  for file in hurt:
+    file.write_bytes(b"no image")
+  with pytest.raises(UserError, match=r"can be read|not a readable image"):
+    embed.embed(*mine, batch_size=BATCH, **options)
+  assert not list((tmp_path / "new").iterdir())
+  for file, content in whole.items():
+    file.write_bytes(content)
+  result = embed.embed(*mine, batch_size=BATCH, **options)
+  assert result["num_images"] == NUM
+  assert list((tmp_path / "new").iterdir()) == [output]
+
+
+@pytest.mark.parametrize("left", ["", '{"checkpoint": {"wor', "{}", "5"])
+def test_what_a_kill_left_without_a_row_blocks_nothing(made, tmp_path, left):
+  parts = tmp_path / "out.npz.parts"
+  parts.mkdir()
+  (parts / "command.json").write_text(left)
+  (parts / "command.draft").write_text("{")
+  (parts / "000000000000-000000000016.draft").write_text("PK")
+  assert run(made, tmp_path / "out.npz")["num_images"] == NUM
+  assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+@pytest.mark.parametrize("content", ["", '{"checkpoint": {"wor', "5", None])
+def test_rows_without_their_command(made, tmp_path, monkeypatch, content):
+  output, parts = tmp_path / "out.npz", tmp_path / "out.npz.parts"
+  monkeypatch.setattr(embed, "_PART_SECONDS", 0)
+  with monkeypatch.context() as patch:
+    stop_after(patch, 2)
+    with pytest.raises(Stop):
+      run(made, output)
+  command = parts / "command.json"
+  command.unlink()
+  if content is not None:
+    command.write_text(content)
+  before = {path: path.read_bytes() for path in parts.iterdir()}
+  with pytest.raises(UserError, match=r"command\.json is damaged; .*remove"):
+    run(made, output)
+  assert {path: path.read_bytes() for path in parts.iterdir()} == before
+
+
+def test_the_command_is_noted_whole_or_not_at_all(made, tmp_path, monkeypatch):
+  """Killed before the rename, and after it."""
+  seen = []
+  real = pathlib.Path.replace
+
+  def replace(path, target):
+    if target.name == "command.json":
+      seen.append((target.exists(), path.read_text()))
+    return real(path, target)
+
+  monkeypatch.setattr(pathlib.Path, "replace", replace)
+  run(made, tmp_path / "out.npz")
+  ((existed, text),) = seen
+  assert not existed
+  assert json.loads(text)["layer"] == "h"
+
+
+def test_skipped_images_alone_are_no_part(made, tmp_path, monkeypatch):
+  monkeypatch.setattr(embed, "_PART_SECONDS", 0)  # a part a batch
+  folder, output = tmp_path / "images", tmp_path / "out.npz"
+  write_images(folder, NUM)
+  for file in sorted(folder.rglob("*.png"))[: BATCH + 2]:
+    file.write_bytes(b"no image")
+  mine = (made[0] / "run", f"folder:{folder}", output)
+  with monkeypatch.context() as patch:
+    stop_after(patch, 1)
+    with pytest.raises(Stop):
+      embed.embed(*mine, batch_size=BATCH, on_error="skip")
+  assert not output.with_name("out.npz.parts").exists()
+  result = embed.embed(*mine, batch_size=BATCH, on_error="skip")
+  assert result["num_skipped"] == BATCH + 2
+
+
+def test_rows_of_other_images_are_not_continued(made, tmp_path, monkeypatch):
+  monkeypatch.setattr(embed, "_PART_SECONDS", 0)
+  folder, output = tmp_path / "images", tmp_path / "out.npz"
+  write_images(folder, NUM)
+  mine = (made[0] / "run", f"folder:{folder}", output)
+  with monkeypatch.context() as patch:
+    stop_after(patch, 1)
+    with pytest.raises(Stop):
+      embed.embed(*mine, batch_size=BATCH)
+  (folder / "dog" / "00021.png").unlink()
+  with pytest.raises(UserError, match=r"other: files of --data\); .*remove it"):
+    embed.embed(*mine, batch_size=BATCH)
+  (part,) = output.with_name("out.npz.parts").glob("*.npz")
+  assert part.name == "000000000000-000000000016.npz"
+
+
+def test_files_of_others_stay_in_the_folder_of_parts(made, tmp_path):
+  parts = tmp_path / "out.npz.parts"
+  parts.mkdir()
+  (parts / "mine.txt").write_text("mine")
+  with pytest.raises(UserError, match="no split"):
+    run(made, tmp_path / "out.npz", split="tset")
+  with embed._claimed(parts, {"a": 1}):
+    pass
+  assert [path.name for path in parts.iterdir()] == ["mine.txt"]
+
+
 def test_two_processes_do_not_write_the_same_file(made, tmp_path):
   parts = tmp_path / "out.npz.parts"
   with embed._claimed(parts, {"a": 1}):
@@ -186,7 +298,8 @@ def test_a_network_without_a_classifier(tmp_path):
     assert file["files"][359] == "digits/test/359"
 
 
-def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path):
+def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   taken = tmp_path / "taken.npz"
   taken.write_text("mine")
   with pytest.raises(UserError, match=r"taken\.npz exists already"):
@@ -196,6 +309,10 @@ def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path):
   for options, message in (
     ({"layer": "head_3"}, "this network has h, head_1, head_2, z"),
     ({"batch_size": 12}, "multiple of the 8 devices"),
+    ({"batch_size": -8}, "--batch_size: got -8, must be a multiple"),
+    ({"eval_fraction": float("nan")}, "--eval_fraction: got nan, must be from"),
+    ({"eval_fraction": 1.0}, "--eval_fraction: got 1, must be from 0 to below"),
+    ({"eval_fraction": -0.2}, "--eval_fraction: got -0.2, must be from 0"),
     ({"on_error": "drop"}, 'allowed are "raise" and "skip"'),
     ({"split": "tset"}, 'no split "tset"'),
   ):
@@ -203,13 +320,32 @@ def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path):
       run(made, out, **options)
   with pytest.raises(UserError, match=r"ends in \.npz or \.parquet"):
     run(made, tmp_path / "x.csv")
+  with pytest.raises(UserError, match=r"gs://mine/x\.npz must be a local file"):
+    run(made, "gs://mine/x.npz")
   with pytest.raises(UserError, match="--data: there is no folder"):
     embed.embed(made[0] / "run", f"folder:{tmp_path}/none", out)
   with pytest.raises(UserError, match=r"--checkpoint: .*no checkpoints"):
     embed.embed(tmp_path, "digits", out)
-  left = {path.name for path in tmp_path.iterdir()}
-  assert left <= {"taken.npz", "x.npz.parts"}
-  assert not list(tmp_path.glob("x.npz.parts/*.npz"))
+  assert [path.name for path in tmp_path.iterdir()] == ["taken.npz"]
+
+
+def test_names_that_the_classifier_repeats(tmp_path):
+  """No name after the second "crane" moves up."""
+  names = ["crane", "dog", "crane", "cat", "ox"]
+  make_run(tmp_path / "run", num_classes=5, names=names)
+  write_images(tmp_path / "images", 12, classes=("ant", "cat", "dog"))
+  data = f"folder:{tmp_path / 'images'}"
+  embed.embed(tmp_path / "run", data, tmp_path / "a.npz", batch_size=BATCH)
+  found = feature_file.read(tmp_path / "a.npz")
+  assert found.label_names == (*names, "ant")
+  with np.load(tmp_path / "a.npz") as file:
+    folders = [name.split("/")[0] for name in file["files"]]
+  assert [found.label_names[k] for k in found.labels] == folders
+  net = network.load(tmp_path / "run")
+  source = network.open_source(net, data)
+  (rows,) = network.stream(net, source, batch_size=BATCH)
+  assert rows["predictions"].max() >= 2, "none is after the second crane"
+  np.testing.assert_array_equal(found.predictions, rows["predictions"])
 
 
 def test_gray_images_reach_an_rgb_network(made):

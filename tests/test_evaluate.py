@@ -3,10 +3,11 @@
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from made_run import apply, make_run
 
-from simclr_jax import augment, evaluate, probes, sources
+from simclr_jax import augment, embed, evaluate, probes, sources
 from simclr_jax.config import UserError
 
 NAMES = [f"class {k}" for k in range(6)]
@@ -139,6 +140,153 @@ def test_the_runs_own_predictions(files, tmp_path):
   )
 
 
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+  """A folder of images of three kinds, seven of them without a label."""
+  folder = tmp_path_factory.mktemp("pets") / "images"
+  rng = np.random.default_rng(0)
+  for k, name in enumerate(("ant", "cat", "dog", "unlabelled")):
+    (folder / name).mkdir(parents=True)
+    for i in range(7 if k == 3 else 20):
+      pixels = rng.integers(20 * k, 150 + 20 * k, (8, 8, 3)).astype(np.uint8)
+      PIL.Image.fromarray(pixels).save(folder / name / f"{i}.png")
+  return folder
+
+
+DIGITS = [str(k) for k in range(10)]
+
+
+@pytest.mark.parametrize(
+  "names, is_shown",
+  [
+    (DIGITS, False),
+    (["dog", "cat"], False),  # no ant
+    (["dog", "ox", "ant", "cat"], True),  # in another order, and one more
+    (["ant", "cat", "dog"], True),
+    (None, False),
+  ],
+)
+def test_a_run_and_its_file_give_the_same(pets, tmp_path, names, is_shown):
+  run, file = tmp_path / "run", tmp_path / "pets.npz"
+  make_run(
+    run,
+    stage="finetune" if names else "pretrain",
+    num_classes=names and len(names),
+    names=names or (),
+    data__name=f"folder:{pets}",
+    data__eval_split="",
+    **({} if names else {"knn__num_neighbors": 3}),
+  )
+  embed.embed(run, f"folder:{pets}", file, batch_size=16)
+  options = {"per_class": [2], "draws": 2}
+  of_run = evaluate.evaluate(checkpoint=str(run), batch_size=16, **options)
+  of_file = evaluate.evaluate(features=str(file), **options)
+  assert of_run["results"] == of_file["results"]
+  assert of_run["num_neighbors"] == of_file["num_neighbors"]
+  first, *rows = of_run["results"]
+  assert (first["protocol"] == "classifier of the run") == is_shown
+  assert {row["top5"] for row in rows} == {1.0}  # of three classes
+  if is_shown:
+    with np.load(file) as content:
+      labels, predictions = content["labels"], content["predictions"]
+    assert first["num_test"] == 60 == sum(labels >= 0)
+    assert first["top1"] == np.mean((predictions == labels)[labels >= 0])
+
+
+def test_two_files_of_other_classes_than_the_classifiers(tmp_path):
+  """Only what both have in label_names counts the classifier's."""
+  x, labels = blobs()
+  own = np.where(labels < 0, -1, labels % 2 + 1)  # class 1 and class 2
+  about = {"num_outputs": 6, "data_classes": [2, 1]}
+  both = [
+    write(tmp_path / f"{k}.npz", x, own, about=json.dumps(about), predictions=p)
+    for k, p in enumerate((own, np.zeros_like(own)))
+  ]
+  options = {"probe_names": ["knn"]}
+  row, knn = evaluate.evaluate(
+    features=both[1], test_features=both[0], **options
+  )["results"]
+  assert (row["top1"], knn["top5"]) == (1.0, 1.0)
+  result = evaluate.evaluate(features=both[0], test_features=both[1], **options)
+  assert result["results"][0]["top1"] == 0.0
+  assert not {"num_outputs", "data_classes"} & result.keys()
+
+
+def test_labels_that_came_after_embedding(tmp_path):
+  """Of an unlabelled folder, by hand: they count."""
+  x, labels = blobs()
+  about = json.dumps({"num_outputs": 6, "data_classes": []})
+  file = write(tmp_path / "a.npz", x, labels, about=about)
+  options = {"probe_names": ["knn"]}
+  bare = evaluate.evaluate(features=write(tmp_path / "b.npz", *blobs()))
+  result = evaluate.evaluate(features=file, **options)
+  assert result["results"][0]["top1"] == bare["results"][0]["top1"]
+
+
+def test_a_test_file_without_names_lacks_the_highest_class(tmp_path):
+  x, labels = blobs()
+  few = np.where(labels == 5, -1, labels)
+  paths = [str(tmp_path / f"{k}.npz") for k in range(2)]
+  for path, y in zip(paths, (labels, few), strict=True):
+    np.savez(path, features=x, labels=y)
+  named = write(tmp_path / "named.npz", x, few)
+  want = probes.ridge(x, labels, x, few, num_classes=6)
+  result = evaluate.evaluate(
+    features=paths[0], test_features=paths[1], probe_names=["ridge"]
+  )
+  assert result["results"][0]["top1"] == want["top1"]
+  evaluate.evaluate(
+    features=paths[1], test_features=paths[0], probe_names=["ridge"]
+  )
+  with pytest.raises(UserError, match="differ in label_names"):
+    evaluate.evaluate(features=named, test_features=paths[1])
+
+
+@pytest.mark.parametrize("about", ["my features", "5", '{"checkpoint": "me"}'])
+def test_what_others_call_about(tmp_path, about):
+  train = write(tmp_path / "a.npz", *blobs(), about=about)
+  test = write(tmp_path / "b.npz", *blobs(61, seed=2), about=about)
+  result = evaluate.evaluate(
+    features=train, test_features=test, probe_names=["ridge"]
+  )
+  assert len(result["results"]) == 1
+
+
+def test_labels_of_a_type_without_sign(tmp_path):
+  x, labels = blobs()
+  x, labels = x[labels >= 0], labels[labels >= 0]
+  np.savez(tmp_path / "a.npz", features=x, labels=labels.astype(np.uint8))
+  result = evaluate.evaluate(
+    features=str(tmp_path / "a.npz"), probe_names=["ridge"]
+  )
+  assert result["results"][0]["num_test"] == round(len(x) / 5)
+
+
+def test_an_output_that_cannot_be_is_refused_first(
+  files, tmp_path, monkeypatch
+):
+  def probe(*arrays, **options):
+    pytest.fail("it has been computed")
+
+  monkeypatch.setitem(evaluate.PROBES, "knn", (probe, "knn"))
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "taken.json").write_text("mine")
+  before = sorted(tmp_path.rglob("*"))
+  for output, message in (
+    ("nodir/r.json", "there is no folder nodir"),
+    ("taken.json/r.json", "there is no folder taken.json"),
+    ("folder", "folder exists already"),
+    ("~/taken.json", "exists already"),
+    ("gs://mine/r.json", "must be a local file"),
+  ):
+    with pytest.raises(UserError, match=f"--output={output}.*") as caught:
+      evaluate.evaluate(features=files[0], output=output)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_run_is_evaluated_on_its_own_splits(tmp_path):
   settings, variables = make_run(
     tmp_path / "run", stage="pretrain", channels=1, knn__num_neighbors=9
@@ -177,6 +325,8 @@ def test_mistakes_get_one_line(files, tmp_path):
   np.savez(empty, labels=labels)
   pickled = tmp_path / "pickled.npz"
   np.savez(pickled, features=np.array([{}], object))
+  flat = write(tmp_path / "flat.npz", x[:, :0], labels)
+  unnamed = write(tmp_path / "unnamed.npz", x, labels, label_names=["a", "b"])
   no_labels = write(tmp_path / "none.npz", x, np.full_like(labels, -1))
   taken = tmp_path / "taken.json"
   taken.write_text("mine")
@@ -187,6 +337,10 @@ def test_mistakes_get_one_line(files, tmp_path):
     ({"features": str(taken)}, "is not a file of features"),
     ({"features": str(tmp_path / "no.npz")}, "there is no file"),
     ({"features": no_labels}, "labels of 0 classes"),
+    ({"features": flat}, r"floats \[n, C\], C above 0; .* shape \(90, 0\)"),
+    ({"features": unnamed}, r"unnamed\.npz has no name, .* shape \(2,\)"),
+    ({"features": train, "seed": -1}, "--seed: got -1, must be from 0 to"),
+    ({"features": train, "seed": 99999999999}, "--seed: got 99999999999, must"),
     ({"features": train, "test_features": other}, "differ in features a row"),
     ({"features": train, "test_features": test, "folds": 3}, "without --folds"),
     ({"features": few}, '--folds: 5 asked for, but class "class 0" has'),

@@ -312,6 +312,14 @@ def test_networks_that_torchvision_lacks(tmp_path, fields, message):
   assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("output", ["gs://mine/a", "s3://mine/a", "", "/"])
+def test_an_output_must_be_a_local_file(r18, tmp_path, monkeypatch, output):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=f"--output={output} must be a local"):
+    export.export(r18[0] / "run", output, kind="torchvision")
+  assert not list(tmp_path.iterdir())
+
+
 def test_mistakes_get_one_line_and_touch_nothing(r18, tmp_path, capsys):
   run = r18[0] / "run"
   taken = tmp_path / "taken"

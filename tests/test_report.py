@@ -319,6 +319,37 @@ def test_a_missing_or_damaged_file_is_named(
   assert all(file in text and reason in text for text in found)
 
 
+@pytest.mark.parametrize(
+  "file, content",
+  [
+    ("report.npz", b""),
+    ("report.npz", b"\x93NUMPY"),
+    ("report.npz", "flipped"),
+    *(("result.json", x) for x in (b"5", b"null", b"[]", b"{}", b'"a"', b"")),
+    *(("result.json", x) for x in (b"[[1, 2]]", b"\xff", b"[" * 100_000)),
+    ("diverged.json", b"5"),
+  ],
+)
+def test_damage_of_any_kind_leaves_the_other_parts(workdir, file, content):
+  path = workdir / file
+  if content == "flipped":  # within what is compressed
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+  path.write_bytes(content)
+  assert f"{file} cannot be read: " in run_lib.read(workdir).missing[file]
+  text = read_page(workdir)
+  if file != "diverged.json":  # which most runs do not have
+    assert any(f"{file} cannot be read" in text for text in reasons(text))
+  assert "<svg" in section(text, "curves")
+
+
+def test_a_line_of_metrics_whose_step_is_no_number(workdir):
+  with open(workdir / "metrics.jsonl", "a") as file:
+    file.write('{"step": "8", "loss": 1}\n{"step": null, "loss": 1}\n5\n')
+  assert len(run_lib.read(workdir).lines) == 8
+  assert "<svg" in section(read_page(workdir), "curves")
+
+
 def test_a_run_without_result_and_with_a_torn_line(workdir):
   (workdir / "result.json").unlink()
   with open(workdir / "metrics.jsonl", "a") as file:

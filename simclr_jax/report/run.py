@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import json
-import zipfile
 
 import numpy as np
 from etils import epath
@@ -133,7 +132,7 @@ def read(workdir) -> Run:
       return empty
     try:
       return parse(file)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise many types
       missing[name] = f"{name} cannot be read: {error}."
       return empty
 
@@ -149,7 +148,10 @@ def read(workdir) -> Run:
 
 
 def _json(file) -> dict:
-  return dict(json.loads(file.read_text()))
+  content = json.loads(file.read_text())
+  if not isinstance(content, dict) or not content:
+    raise ValueError("it is no JSON object with content")
+  return content
 
 
 def _arrays(file) -> dict:
@@ -162,7 +164,7 @@ def _lines(file) -> list[dict]:
   for text in file.read_text().splitlines():
     with contextlib.suppress(ValueError):  # torn by a kill
       line = json.loads(text)
-      if isinstance(line, dict) and "step" in line:
+      if isinstance(line, dict) and isinstance(line.get("step"), int | float):
         lines.append(line)
   return lines
 
