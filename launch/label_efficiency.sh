@@ -32,6 +32,11 @@ esac
 here="$(dirname "${BASH_SOURCE[0]}")"
 [ -z "${SLURM_JOB_ID:-}" ] || [ -e "$here/setup.sh" ] ||
   here="${SLURM_SUBMIT_DIR:-.}/launch"
+if [ ! -e "$here/setup.sh" ]; then
+  echo "error: $here/setup.sh is not there; call sbatch in the folder of the" \
+    "checkout" >&2
+  exit 2
+fi
 source "$here/setup.sh"
 
 recipe=digits

@@ -14,7 +14,7 @@
 # Process 0 prints as usual, the others with their number in front. SIGTERM and
 # Ctrl-C go to all of them: they save and leave. The exit code is that of the
 # first process that failed, 0 where none did; the others of a process that
-# died follow it within 100 seconds. Needs bash 5.1.
+# died follow it within 100 seconds. Plain bash 3.2, as macOS has it.
 set -uo pipefail
 processes=2
 devices=2
@@ -44,37 +44,42 @@ if [ "$JAX_PLATFORMS" = cpu ]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 fi
 
+signal=""
+trap 'signal=yes' TERM INT HUP
 pids=()
+# Each in a process group of its own (-m): Ctrl-C and `timeout` signal all of
+# this one's, and what is passed on below would be a second signal, at which a
+# process leaves without saving.
+set -m
 for ((i = 0; i < processes; i++)); do
   export JAX_PROCESS_ID=$i
   [ "$JAX_PLATFORMS" = cpu ] || export JAX_LOCAL_DEVICE_IDS=$i
   if [ $i = 0 ]; then
-    "$@" &
+    "$@" </dev/null &
   else
-    "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+    "$@" </dev/null > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
   fi
   pids+=($!)
 done
+set +m
 
-signal=""
-trap 'signal=TERM' TERM
-trap 'signal=INT' INT
 code=0
 while [ ${#pids[@]} -gt 0 ]; do
-  ended=0
-  wait -n -p ended "${pids[@]}" # also ends at a signal
-  status=$?
+  sleep 0.1 # `wait -n`, which would end at the first of them, needs bash 5.1
   if [ -n "$signal" ]; then
-    # Processes in the background ignore SIGINT, so both are sent as SIGTERM.
-    kill -TERM "${pids[@]}" 2>/dev/null
     signal=""
-    continue
+    kill -TERM "${pids[@]}" 2>/dev/null
   fi
-  [ $code = 0 ] && code=$status
   left=()
   for pid in "${pids[@]}"; do
-    [ "$pid" = "$ended" ] || left+=("$pid")
+    if kill -0 "$pid" 2>/dev/null; then
+      left+=("$pid")
+      continue
+    fi
+    wait "$pid"
+    status=$?
+    [ $code = 0 ] && code=$status
   done
-  pids=("${left[@]}")
+  pids=(${left[@]+"${left[@]}"}) # an empty one is unset to bash 4.3
 done
 exit "$code"

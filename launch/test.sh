@@ -24,6 +24,7 @@ cd "$root"
 setup test
 export JAX_PLATFORMS=cpu
 failed=""
+trap 'exit 130' INT # pytest catches Ctrl-C, and the next check would start
 check() { # runs a command of the environment; all of them run, to the end
   echo "== $*"
   "$python" -m "$@" || failed="$failed, $1"
@@ -41,12 +42,14 @@ if [ -n "$all" ]; then
   # and up: the tests hold on both.
   if runs "$python" 11 11; then from=12 to=13; else from=11 to=11; fi
   other="$root/.venv-second"
-  if runs "$other/bin/python" $from $to ||
-    make_environment "$other" $from $to; then
+  lock "$other"
+  if usable "$other" $from $to || make_environment "$other" $from $to; then
     install "$other" test || exit 1
+    unlock
     python="$other/bin/python"
     check pytest "$@"
   else
+    unlock
     echo "SKIPPED the tests on a second Python: $missing"
   fi
 fi

@@ -17,11 +17,15 @@
 #   --keep          does not delete the slice at the end
 #
 # The checkout is copied to each worker, installed in ~/.venv there with the
-# extras `tpu` and `gcs`, and COMMAND runs in it on every worker. JAX finds the workers by
-# itself. The workdir must be in a bucket. After exit 143 and after a preemption
+# extras `tpu` and `gcs`, and COMMAND runs in it on every worker. The machines'
+# Python may be too old (3.10 in the default): uv is installed and brings one.
+# JAX finds the workers by itself. The workdir must be in a bucket.
+#
+# After a preemption, a lost connection and any exit code but 0, 1, 2 and 130
 # the command is started again, on a new slice if need be, and continues from
-# its last checkpoint; any other code ends this script with it. An interrupted
-# script (Ctrl-C) leaves the slice, which costs money until you delete it.
+# its last checkpoint. Those four end this script and delete the slice; so does
+# an installation that fails the first time. An interrupted script (Ctrl-C)
+# leaves the slice, which costs money until you delete it.
 set -uo pipefail
 dry="" name="" zone="" type="" keep=""
 version=tpu-ubuntu2204-base
@@ -70,6 +74,11 @@ state() { # READY, PREEMPTED, ...; nothing where there is no slice
 on_all() {
   tpu ssh "$name" "${options[@]}" --worker=all --command="$1"
 }
+# What each worker runs. uv takes a Python that is there, else it fetches one.
+# The variable is for systems whose pip refuses to add to their own packages.
+install="PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv && \
+python3 -m uv venv -q --clear --seed --python '>=3.11,<3.14' .venv && \
+python3 -m uv pip install -q --python .venv/bin/python './simclr_jax[tpu,gcs]'"
 ready() { # makes the slice and installs the package, unless that is done
   case "$(state)" in
   READY) [ -n "$prepared" ] && return ;;
@@ -82,21 +91,31 @@ ready() { # makes the slice and installs the package, unless that is done
   fi
   tpu scp --recurse "$source" "$name:" "${options[@]}" \
     --worker=all || return
-  on_all "python3 -m venv .venv && .venv/bin/pip install -q './simclr_jax[tpu,gcs]'" ||
+  on_all "$install"
+  code=$?
+  if [ $code = 0 ]; then
+    prepared=yes installed=yes
     return
-  prepared=yes
+  fi
+  # It will fail again, unless the connection broke (255) or the slice is gone;
+  # where it worked before, the network may be at fault, for a while.
+  [ -n "$installed" ] || [ $code = 255 ] || [ "$(state)" != READY ] ||
+    hopeless=yes
+  return 1
 }
 
 # Only what is needed: runs and environments of the checkout stay here.
-folder="$(mktemp -d)"
+folder="$(mktemp -d)" || exit 1
 trap 'rm -rf "$folder"' EXIT
+# gcloud may answer Ctrl-C with a code of its own, after which it would go on.
+trap 'echo "interrupted: the slice $name is left as it is" >&2; exit 130' INT
 source="$folder/simclr_jax"
-mkdir "$source"
+mkdir "$source" || exit 1
 for part in pyproject.toml README.md LICENSE simclr_jax configs; do
-  [ -e "$root/$part" ] && cp -R "$root/$part" "$source/"
+  [ ! -e "$root/$part" ] || cp -R "$root/$part" "$source/" || exit 1
 done
 command="$(printf '%q ' "$@")"
-prepared=""
+prepared="" installed="" hopeless=""
 failures=0
 while :; do
   if ready; then
@@ -108,8 +127,15 @@ while :; do
       [ $code != 1 ] || [ "$(state)" = READY ] && break ;;
     esac
     echo "exit code $code: starting again" >&2
-    [ "$(state)" = READY ] || prepared=""
+    if [ "$(state)" != READY ]; then
+      prepared="" failures=0 # it was taken away, which says nothing of a start
+    fi
     [ $code = 143 ] && failures=0
+  elif [ -n "$hopeless" ]; then
+    echo "error: the installation failed on $name, see above; it needs pip" \
+      "there, and PyPI and GitHub to be reached" >&2
+    code=1
+    break
   else
     prepared=""
   fi
@@ -121,4 +147,4 @@ while :; do
   sleep "${RETRY_SECONDS:-60}"
 done
 [ -n "$keep" ] || tpu delete "$name" "${options[@]}" --quiet
-exit $code
+exit "$code"

@@ -4,16 +4,19 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TOOLS = "basename bash cat cksum cp cut dirname grep mkdir rm sed tail tr"
+TOOLS = "basename bash cat cksum cp cut dirname grep mkdir rm sed sleep tail tr"
 
-# Says that it is Python 3.$minor. `-m venv DIR` puts a copy of it in DIR, `-m
-# pip` writes down what it was asked, a script prints its arguments and exits 7.
+# Says that it is Python 3.$minor. `-m venv DIR` puts a copy of it in DIR and
+# takes $VENV_SECONDS until it is complete, `-m pip` writes down what it was
+# asked, a script prints its arguments and exits 7.
 PYTHON = """#!{bash}
 minor={minor}
 case "$1 $2" in
@@ -22,8 +25,13 @@ case "$1 $2" in
   [ "$1" -le $minor ] && [ $minor -le "$2" ] ;;
 "-c import ensurepip, venv") {has_venv} ;;
 "--version "*) echo "Python 3.$minor.0" ;;
-"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m venv")
+  mkdir -p "$3/bin" && : >"$3/pyvenv.cfg" && cp "$0" "$3/bin/python"
+  : >"$3/half made" && sleep "${{VENV_SECONDS:-0}}"
+  : >"$3/bin/activate"
+  exit {venv_exit} ;;
 "-m pip")
+  [ -e "${{0%/*}}/activate" ] || {{ echo "No module named pip"; exit 1; }}
   echo "$*" >>"{log}"
   echo "from the installer"
   exit {pip_exit} ;;
@@ -42,7 +50,12 @@ def machine(tmp_path):
   bin_.mkdir()
   for tool in TOOLS.split():
     (bin_ / tool).symlink_to(shutil.which(tool))
-  return Machine(root, bin_, tmp_path / "log")
+  machine = Machine(root, bin_, tmp_path / "log")
+  yield machine
+  for process in machine.started:
+    if process.poll() is None:  # the test has failed
+      os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()
 
 
 class Machine:
@@ -50,6 +63,7 @@ class Machine:
 
   def __init__(self, root, bin_, log):
     self.root, self.bin, self.log = root, bin_, log
+    self.started = []
     self.env = {"PATH": str(bin_), "HOME": str(root.parent)}
 
   def program(self, name, text):
@@ -57,13 +71,14 @@ class Machine:
     path.write_text(text)
     path.chmod(0o755)
 
-  def python(self, name, minor, *, has_venv=True, pip_exit=0):
+  def python(self, name, minor, *, has_venv=True, venv_exit=0, pip_exit=0):
     self.program(
       name,
       PYTHON.format(
         bash=shutil.which("bash"),
         minor=minor,
         has_venv=str(has_venv).lower(),
+        venv_exit=venv_exit,
         log=self.log,
         pip_exit=pip_exit,
       ),
@@ -82,6 +97,23 @@ class Machine:
 
   def local(self, *args):
     return self.bash(str(self.root / "launch" / "local.sh"), *args)
+
+  def start(self, script, *args):
+    """Starts it as the shell of a terminal does: in a group of its own."""
+    # A shell that was itself started with SIGINT ignored could not trap it.
+    command = [shutil.which("env"), "--default-signal=INT"]
+    command += [shutil.which("bash"), self.root / "launch" / script, *args]
+    process = subprocess.Popen(
+      command,
+      env=self.env,
+      cwd=self.root.parent,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    self.started.append(process)
+    return process
 
   def source(self, code):
     return self.bash("-euo", "pipefail", "-c", f'. "$0"\n{code}', self.setup)
@@ -156,6 +188,97 @@ def test_an_environment_that_no_longer_starts_is_made_anew(machine):
   (machine.root / ".venv" / "bin" / "python").unlink()
   assert machine.local().returncode == 7
   assert len(machine.installs()) == 2
+
+
+def wait_for(path):
+  end = time.monotonic() + 30
+  while not path.exists():
+    assert time.monotonic() < end, f"no {path}"
+    time.sleep(0.02)
+
+
+def test_starts_at_the_same_time_make_one_environment(machine):
+  machine.python("python3", 11)
+  machine.env["VENV_SECONDS"] = "1.5"
+  starts = [machine.start("local.sh") for _ in range(4)]
+  said = [start.communicate(timeout=60) for start in starts]
+  assert [start.returncode for start in starts] == [7] * 4, said
+  assert len(machine.installs()) == 1
+  waited = [out for out, _ in said if "waiting for process " in out]
+  assert len(waited) == 3
+  assert f"installs into {machine.root}/.venv" in waited[0]
+  assert [p.name for p in machine.root.glob(".venv*")] == [".venv"]
+
+
+def test_an_environment_left_half_made_is_made_anew(machine):
+  machine.python("python3", 11)
+  machine.env["VENV_SECONDS"] = "100"
+  killed = machine.start("local.sh")
+  wait_for(machine.root / ".venv" / "half made")
+  os.killpg(killed.pid, signal.SIGINT)  # Ctrl-C
+  killed.communicate(timeout=30)
+  assert killed.returncode not in (0, 7)
+  assert [p.name for p in machine.root.glob(".venv*")] == [".venv"]
+  machine.env["VENV_SECONDS"] = "0"
+  done = machine.local()
+  assert done.returncode == 7, done.stderr
+  assert "waiting" not in done.stdout
+
+
+def test_a_signal_to_the_script_alone_leaves_nothing_running(machine):
+  """The lock is given back after the program that would otherwise go on."""
+  machine.python("python3", 11)
+  machine.env["VENV_SECONDS"] = "1"
+  stopped = machine.start("local.sh")
+  wait_for(machine.root / ".venv" / "half made")
+  stopped.terminate()
+  stopped.communicate(timeout=30)
+  assert stopped.returncode == 143
+  assert (machine.root / ".venv" / "bin" / "activate").exists()
+  assert [p.name for p in machine.root.glob(".venv*")] == [".venv"]
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_start_that_was_killed_is_taken_over(machine):
+  machine.python("python3", 11)
+  machine.env |= {"VENV_SECONDS": "100", "LOCK_SECONDS": "6"}
+  killed = machine.start("local.sh")
+  wait_for(machine.root / ".venv.lock" / "holder")
+  wait_for(machine.root / ".venv" / "half made")
+  os.killpg(killed.pid, signal.SIGKILL)
+  killed.communicate(timeout=30)
+  machine.env["VENV_SECONDS"] = "8"  # longer than the lock of a dead one holds
+  starts = [machine.start("local.sh") for _ in range(3)]
+  said = [start.communicate(timeout=60) for start in starts]
+  assert [start.returncode for start in starts] == [7] * 3, said
+  assert len(machine.installs()) == 1
+  assert all(f"process {killed.pid} on " in out for out, _ in said)
+  assert [p.name for p in machine.root.glob(".venv*")] == [".venv"]
+
+
+def test_a_lock_that_cannot_be_made_is_told(machine):
+  machine.python("python3", 11)
+  (machine.root / ".venv.lock").touch()
+  done = machine.local()
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: mkdir: ")
+  assert done.stderr.count("\n") == 1
+
+
+def test_what_is_installed_needs_no_lock(machine):
+  """Nor a file system that can be written."""
+  machine.python("python3", 11)
+  machine.local()
+  (machine.root / ".venv.lock").touch()
+  assert machine.local().returncode == 7
+
+
+def test_an_environment_that_cannot_be_made_is_told(machine):
+  machine.python("python3", 11, venv_exit=1)
+  done = machine.local()
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: python3 -m venv ")
+  assert done.stderr.count("\n") == 1
 
 
 def test_no_python_says_what_to_install(machine):
@@ -303,7 +426,41 @@ def test_all_runs_a_second_python(machine):
   assert (machine.root / ".venv-second" / "bin" / "python").exists()
 
 
-@pytest.mark.parametrize("script", ["local.sh", "test.sh"])
+def test_ctrl_c_ends_all_checks(machine):
+  """pytest catches it and exits by itself: bash alone would then go on."""
+  machine.python("python3", 11)
+  machine.source("setup test")
+  python = machine.root / ".venv" / "bin" / "python"
+  slow = "sleep 100 & trap 'kill $!; exit 2' INT; wait; exit 7"
+  python.write_text(python.read_text().replace("exit 7", slow))
+  start = machine.start("test.sh", "--all")
+  assert start.stdout.readline() == "== ruff check .\n"
+  assert start.stdout.readline().startswith("ran ")
+  os.killpg(start.pid, signal.SIGINT)
+  out, _ = start.communicate(timeout=30)
+  assert out == ""
+  assert start.returncode == 130
+
+
+def test_a_job_of_slurm_finds_the_checkout(machine):
+  machine.python("python3", 11)
+  spool = machine.root.parent / "spool"
+  spool.mkdir()
+  script = machine.root / "launch" / "label_efficiency.sh"
+  copy = shutil.copy(script, spool / "slurm_script")
+  machine.env |= {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(machine.root)}
+  done = machine.bash(str(copy), "cifar10", "--seeds=0")
+  assert ran(done)[0][:3] == ["-m", "simclr_jax.sweep", "--recipe=cifar10"]
+  machine.env["SLURM_SUBMIT_DIR"] = str(machine.root.parent)
+  done = machine.bash(str(copy))
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ")
+  assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "script", ["local.sh", "test.sh", "label_efficiency.sh"]
+)
 def test_help_installs_nothing(machine, script):
   done = machine.bash(str(machine.root / "launch" / script), "--help")
   assert done.returncode == 0

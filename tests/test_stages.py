@@ -254,9 +254,7 @@ def test_a_config_lacks_fields(tmp_path):
   config = config.copy_and_resolve_references()
   with config.unlocked():
     del config.knn, config.seed
-  with pytest.raises(
-    UserError, match=r"lacks knn.bank_size, knn.* seed"
-  ):
+  with pytest.raises(UserError, match=r"lacks knn.bank_size, knn.* seed"):
     pretrain.train_and_evaluate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
