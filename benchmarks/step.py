@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import rounds
 
-from simclr_jax import build, cli, plan
+from simclr_jax import build, cli
+from simclr_jax.needs import estimate
 
 # name: recipe, depth, width, side, canvas, batch, steps a round, at least
 CASES = {
@@ -105,7 +106,7 @@ def main():
       if solo:
         forms["solo-learn's step"] = solo
       seconds = rounds.alternate(forms, args.rounds)
-    needs = plan.estimate(config, num_devices=jax.device_count())
+    needs = estimate(config, num_devices=jax.device_count())
     floor = rounds.floors()
     more = {
       "gflop_an_image": needs["flops"] / batch / 1e9,
