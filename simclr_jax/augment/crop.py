@@ -323,9 +323,11 @@ def eval_view(images, *, size, sizes=None, crop=None, dtype=None):
   (2, 32, 32, 3)
   """
   height, width = pixels.height_width(size)
-  images = pixels.to_float(images)
-  dtype = dtype or images.dtype
-  images = images.astype(jnp.promote_types(dtype, images.dtype))
+  images = jnp.asarray(images)
+  if dtype is None:
+    is_float = jnp.issubdtype(images.dtype, jnp.floating)
+    dtype = images.dtype if is_float else jnp.float32
+  images = pixels.to_float(images, jnp.promote_types(dtype, jnp.float32))
   if crop is None:
     crop = EVAL_CROP if max(height, width) > 32 else 1.0
   if not 0 < crop <= 1:
