@@ -421,7 +421,7 @@ def test_ten_thousand_images_in_flat_memory_and_killed(tmp_path):
   for name in ("few", "many"):
     out = finish(start(tmp_path, tmp_path / name, tmp_path / f"{name}.npz"))
     peak[name] = int(out.split("MiB")[1])
-  assert peak["many"] < peak["few"] + 60, peak
+  assert peak["many"] < peak["few"] + 120, peak  # of 470
   print(f"peak MiB: {peak}")
 
   killed = tmp_path / "killed.npz"
