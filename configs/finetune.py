@@ -60,7 +60,7 @@ def get_config(arg="digits"):
   config.data.label_ids = ""  # a file of ids: their labels alone are used
   config.data.eval_fraction = 0.0  # of a folder's labels, held out as "test"
   config.data.on_error = "raise"  # at a damaged image: raise | skip
-  config.data.memory_gib = 0.0  # larger is streamed; 0: half of the memory
+  config.data.memory_gib = 0.0  # larger: streamed; 0: its part of half the RAM
 
   # Crop and flip only (official: color_distort is off).
   config.augment = ml_collections.ConfigDict()

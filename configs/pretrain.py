@@ -56,7 +56,7 @@ def get_config(arg="digits"):
   config.data.label_ids = ""  # a file of ids: their labels alone are used
   config.data.eval_fraction = 0.0  # of a folder's labels, held out as "test"
   config.data.on_error = "raise"  # at a damaged image: raise | skip
-  config.data.memory_gib = 0.0  # larger is streamed; 0: half of the memory
+  config.data.memory_gib = 0.0  # larger: streamed; 0: its part of half the RAM
 
   # At strength 1; SimCLRv2's `simclrv2` operations (data_util.py).
   config.augment = ml_collections.ConfigDict()
@@ -109,7 +109,7 @@ def get_config(arg="digits"):
 
   config.knn = ml_collections.ConfigDict()
   config.knn.num_neighbors = 200
-  config.knn.bank_size = 50_000  # training images to look among; 0: no kNN
+  config.knn.bank_size = 50_000  # training images drawn as the bank; 0: no kNN
   config.log_every_steps = 100
   config.eval_every_steps = 10_000
   config.checkpoint_every_steps = 1000

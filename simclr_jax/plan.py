@@ -95,10 +95,10 @@ def plan(config, **options) -> dict:
   if config.model.dtype == "auto" and on_cpu:
     config_lib.set_field(config, "model.dtype", "bfloat16")
   config_lib.check(config, num_devices=num_devices)
-  described = _resolve_network(config)
+  stored = _resolve_network(config)
   build.resolve(config)
-  images, found = _images(config, options["images"])
-  described = found | described
+  images, described = _images(config, options["images"])
+  described |= stored
   num_steps = config.num_steps
   if images:
     num_steps = config_lib.num_steps(config, images)
