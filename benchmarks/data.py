@@ -13,6 +13,7 @@ that a JPEG of 500x375 pixels has the 100 kB of a photograph's.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import os
@@ -73,14 +74,18 @@ def cifar_like(num_examples=50_000):
 
 def photos(folder, num_images, shape=(375, 500)):
   """JPEGs, as a source."""
-  rng = np.random.default_rng(0)
   height, width = shape
   y, x = np.mgrid[0:height, 0:width] / 50
-  for i in range(num_images):
+
+  def write(i):
+    rng = np.random.default_rng(i)
     waves = [np.sin(x * a + y * b + i) for a, b in rng.uniform(0, 3, (3, 2))]
     pixels = 128 + 60 * np.stack(waves, -1) + rng.normal(0, 16, (*shape, 3))
     image = PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     image.save(Path(folder) / f"{i:05}.jpg", quality=90)
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    list(pool.map(write, range(num_images)))
   return sources.make_source(f"folder:{folder}", split="train")
 
 

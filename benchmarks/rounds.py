@@ -17,8 +17,10 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -93,23 +95,56 @@ def floors() -> dict:
   """What this device can do: {"tflops": of bfloat16 or float32, "gbytes"}/s.
 
   The rate of one large matrix product, in bfloat16 on accelerators and float32
-  on CPUs, and that of bytes read and written by a copy; the best of 5.
+  on CPUs, and that of bytes read and written by a copy; the best of 5, each of
+  some that are not waited for one by one. Random numbers: zeros are faster.
   """
   on_cpu = jax.default_backend() == "cpu"
-  side, size = (2048, 2**26) if on_cpu else (8192, 2**29)
-  a = jnp.ones((side, side), jnp.float32 if on_cpu else jnp.bfloat16)
-  x = jnp.ones(size, jnp.float32)
+  side, size, times = (2048, 2**26, 1) if on_cpu else (8192, 2**29, 10)
+  dtype = jnp.float32 if on_cpu else jnp.bfloat16
+  a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+  x = jax.random.normal(jax.random.key(1), (size,), jnp.float32)
 
   def best(fn, *args):
-    fn(*args).block_until_ready()
-    return min(
-      seconds_of(lambda: fn(*args).block_until_ready()) for _ in range(5)
-    )
+    def some():
+      for _ in range(times):
+        out = fn(*args)
+      out.block_until_ready()
+
+    some()
+    return min(seconds_of(some) for _ in range(5)) / times
 
   return {
     "tflops": 2 * side**3 / best(jax.jit(jnp.matmul), a, a) / 1e12,
     "gbytes": 2 * x.nbytes / best(jax.jit(lambda x: -x), x) / 1e9,
   }
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
+_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+
+
+def bytes_moved(hlo: str) -> int:
+  """Operands and results of all kernels of a compiled program, by its text.
+
+  What runs in loops counts once.
+  """
+
+  def size(shape):
+    found = re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", shape)
+    return sum(
+      _BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+      for kind, dims in found
+    )
+
+  entry = hlo[hlo.index("\nENTRY ") :]
+  sizes, total = {}, 0
+  line = re.compile(r"^ +(?:ROOT )?(%[\w.-]+) = (.*?) ([\w-]+)\((.*)$", re.M)
+  for name, shape, kind, rest in line.findall(entry):
+    sizes[name] = size(shape)
+    if kind not in _FREE:
+      operands = re.findall(r"%[\w.-]+", rest.split("), ")[0])
+      total += sizes[name] + sum(sizes.get(o, 0) for o in operands)
+  return total
 
 
 def pretraining(config, *, channels: int = 3):

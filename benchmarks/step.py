@@ -11,16 +11,14 @@ peer has the loss of solo-learn (exponentials, then sums) and is not compiled.
 On a CPU: ResNet-18, 32 pixels, batch 64. On one GPU: ResNet-50 at 224 pixels
 from a canvas of 256 and ResNet-18 at 32, both batch 512. Beside each stand two
 floors: FLOPs over the measured rate of a matrix product, and the bytes that the
-compiler counts over the measured rate of a copy.
+compiled program's kernels read and write over the measured rate of a copy.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rounds
 
-from simclr_jax import build, cli
-from simclr_jax.needs import estimate
+from simclr_jax import build, cli, flops, parallel
 
 # name: recipe, depth, width, side, canvas, batch, steps a round, at least
 CASES = {
@@ -30,27 +28,36 @@ CASES = {
 }
 
 
-def make_form(config, steps):
-  """(one round of `steps` steps, what the compiler says of a step)."""
+def make_form(config, steps, views=None):
+  """(one round of `steps` steps, FLOPs and bytes of a step on each device)."""
   step, state, key = rounds.pretraining(config)
   batch = rounds.batch_of(config)
-  compiled = step.lower(state, batch, key).compile()
-  holder = [state]
+  if views is not None:
+    batch["image"] = parallel.shard({"views": views})["views"]
+  compiled, holder = step.lower(state, batch, key).compile(), [state]
 
   def one_round():
     for _ in range(steps):
-      holder[0], metrics = step(holder[0], batch, key)
+      holder[0], metrics = compiled(holder[0], batch, key)
     jax.block_until_ready((holder[0], metrics))
 
-  return lambda: rounds.seconds_of(one_round), compiled.cost_analysis()
+  costs = {
+    "flops": flops.count(step, state, batch, key),
+    "bytes": rounds.bytes_moved(compiled.as_text()),
+  }
+  return lambda: rounds.seconds_of(one_round), costs
 
 
-def ready_views(config):
-  """In place of `augment.two_views`: the same random views each time."""
-  size, n = config.data.image_size, config.batch_size
-  shape = (2 * n // jax.device_count(), size, size, 3)
+def given_views(config):
+  """(In place of `augment.two_views`, pairs of random views in the batch)."""
+  size = config.data.image_size
+  shape = (config.batch_size, 2, size, size, 3)
   views = np.random.default_rng(1).random(shape, np.float32)
-  return lambda key, images, **_: jnp.asarray(views, build.view_dtype(config))
+
+  def take(key, images, **_):
+    return images.reshape(-1, *images.shape[2:])
+
+  return take, views.astype(build.view_dtype(config))
 
 
 def main():
@@ -77,8 +84,9 @@ def main():
       other.model.conv = "xla"
       forms["with XLA's convolution"], _ = make_form(other, steps)
     two_views = build.two_views
-    build.two_views = ready_views
-    forms["views given"], _ = make_form(config, steps)
+    take, views = given_views(config)
+    build.two_views = lambda config, take=take: take
+    forms["views given"], _ = make_form(config, steps, views)
     build.two_views = two_views
     options = {
       "depth": depth,
@@ -106,12 +114,11 @@ def main():
       if solo:
         forms["solo-learn's step"] = solo
       seconds = rounds.alternate(forms, args.rounds)
-    needs = estimate(config, num_devices=jax.device_count())
     floor = rounds.floors()
     more = {
-      "gflop_an_image": needs["flops"] / batch / 1e9,
-      "floor_of_flops": needs["flops"] / floor["tflops"] / 1e12,
-      "floor_of_bytes": costs["bytes accessed"] / floor["gbytes"] / 1e9,
+      "gflop_an_image": costs["flops"] / batch / 1e9,
+      "floor_of_flops": costs["flops"] / floor["tflops"] / 1e12,
+      "floor_of_bytes": costs["bytes"] / floor["gbytes"] / 1e9,
       "measured_rates": floor,
       "augmentation_share": _share(seconds),
     }

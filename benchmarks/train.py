@@ -30,7 +30,7 @@ from simclr_jax import cli, data, parallel, sources
 # name: recipe, depth, width, side, batch, steps a round, at least
 CASES = {
   "cifar10": ("cifar10", 18, 0.25, 32, 128, 24, 2),
-  "jpegs": ("imagenet", 50, 1.0, 224, 256, 16, 3),
+  "jpegs": ("imagenet", 50, 1.0, 224, 512, 8, 3),
 }
 
 

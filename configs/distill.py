@@ -60,7 +60,7 @@ def get_config(arg="digits"):
   config.model.stem = "auto"
   config.model.pool_padding = "auto"
   config.model.dtype = "auto"  # bfloat16 where the device has it, or float32
-  config.model.conv = "auto"  # xla | cpu (this package's own, for CPUs)
+  config.model.conv = "auto"  # the device's own: cpu | gpu; or xla
   config.model.remat = False  # recompute blocks in the backward pass
   config.model.bn_group_size = 0  # devices that share moments; 0: all
 

@@ -273,7 +273,7 @@ def two_views(config):
   return functools.partial(
     augment.two_views,
     size=config.data.image_size,
-    dtype=view_dtype(config),
+    dtype=jnp.dtype(config.model.dtype),
     **config.augment,
   )
 
@@ -283,7 +283,7 @@ def crop_flip(config):
   return functools.partial(
     augment.crop_flip,
     size=config.data.image_size,
-    dtype=view_dtype(config),
+    dtype=jnp.dtype(config.model.dtype),
     **config.augment,
   )
 
@@ -306,7 +306,7 @@ def check_views(views_fn, config, dataset: data.Dataset) -> None:
 
 
 def view_dtype(config):
-  """float32, or float64 for a network in float64."""
+  """Of evaluation's views: float32, or float64 for a network in float64."""
   return jnp.promote_types(config.model.dtype, jnp.float32)
 
 

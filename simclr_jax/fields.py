@@ -38,7 +38,7 @@ _CHOICES = {
   "data.on_error": ("raise", "skip"),
   "model.dtype": ("auto", "float32", "bfloat16", "float64"),
   "model.stem": ("auto", "imagenet", "cifar"),
-  "model.conv": ("auto", "xla", "cpu"),
+  "model.conv": ("auto", "xla", "cpu", "gpu"),
   "model.pool_padding": ("auto", "same", "torch"),
   "loss.name": ("nt_xent", "supcon"),
   "optim.name": ("lars", "momentum", "adam"),

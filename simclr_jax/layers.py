@@ -1,7 +1,7 @@
 """Convolution and BatchNorm as the official network has them."""
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,17 +10,24 @@ import numpy as np
 
 from simclr_jax.config import UserError
 
+MOMENTUM = 0.9  # of the moving averages
+EPSILON = 1e-5
+
 
 def batch_norm(
   *, train, dtype, axis_name=None, group_size=0, initializing=False
-) -> Callable[..., nn.BatchNorm]:
-  """A maker of the official BatchNorm: momentum 0.9, epsilon 1e-5.
+):
+  """A maker of `BatchNorm`s, functools.partial.
 
-  Moments are computed in float32 at least, over the batch of all devices on
-  `axis_name` (of `group_size` neighbours where that is not 0), and the biased
-  variance goes into the moving average, as with the official global_bn. The
-  variance is E[x^2] - E[x]^2: exact over any number of devices with one
-  collective for both moments, where the two-pass form needs two.
+  Args:
+    train: whether they normalize by the batch's moments, or by the moving ones.
+    dtype: of what they return; parameters and moments are float32 or above.
+    axis_name: of the mapped axis whose devices share moments.
+    group_size: how many neighbours share them; 0 is all.
+    initializing: whether variables are only made, outside a mapped axis.
+
+  Raises:
+    UserError: a group size that does not divide the devices.
   """
   groups = None
   if axis_name is not None and train and not initializing:
@@ -34,20 +41,148 @@ def batch_norm(
     if group_size == 1:  # XLA keeps collectives of one device on CPUs
       axis_name = None
     elif group_size < num_devices:
-      groups = np.arange(num_devices).reshape(-1, group_size).tolist()
-  is_float64 = jnp.dtype(dtype) == jnp.float64
+      indices = np.arange(num_devices).reshape(-1, group_size)
+      groups = tuple(map(tuple, indices.tolist()))
   return functools.partial(
-    nn.BatchNorm,
-    use_running_average=not train,
-    momentum=0.9,
-    epsilon=1e-5,
+    BatchNorm,
+    train=train,
     dtype=dtype,
-    param_dtype=jnp.promote_types(dtype, jnp.float32),
-    axis_name=axis_name,
-    axis_index_groups=groups,
-    # Flax otherwise keeps the moving averages of a float64 network in float32.
-    force_float32_reductions=not is_float64,
+    axis_name=None if initializing else axis_name,
+    groups=groups,
   )
+
+
+class BatchNorm(nn.Module):
+  """Normalizes [..., C] by channel, then adds a shortcut, then cuts at 0.
+
+  The official one: momentum 0.9, epsilon 1e-5, moments in float32 at least,
+  over the batch of all devices on the axis (of a group, where there are some),
+  the biased variance in the moving average, as with the official global_bn. The
+  variance is E[x^2] - E[x]^2: exact over any number of devices with one
+  collective for both moments, where the two-pass form needs two.
+  """
+
+  train: bool
+  dtype: Any
+  axis_name: str | None = None
+  groups: tuple[tuple[int, ...], ...] | None = None
+  use_bias: bool = True
+  scale_init: Any = nn.initializers.ones
+
+  @nn.compact
+  def __call__(self, x, shortcut=None, *, relu=False):
+    shape, wide = x.shape[-1:], jnp.promote_types(self.dtype, jnp.float32)
+    mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide)
+    var = self.variable("batch_stats", "var", jnp.ones, shape, wide)
+    scale = self.param("scale", self.scale_init, shape, wide)
+    bias = jnp.zeros(shape, wide)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, shape, wide)
+    x = jnp.asarray(x, self.dtype)
+    scale, bias = jnp.asarray(scale, wide), jnp.asarray(bias, wide)
+    if not self.train:
+      factor = scale * jax.lax.rsqrt(var.value + EPSILON)
+      return _rescaled(x, mean.value, factor, bias, shortcut, relu)
+    y, moments = _normalized(
+      x, scale, bias, shortcut, relu, self.axis_name, self.groups
+    )
+    if not self.is_initializing():
+      for moving, moment in zip((mean, var), moments, strict=True):
+        moving.value = MOMENTUM * moving.value + (1 - MOMENTUM) * moment
+    return y
+
+
+def _rescaled(x, mean, factor, bias, shortcut, relu):
+  y = ((x.astype(factor.dtype) - mean) * factor + bias).astype(x.dtype)
+  if shortcut is not None:
+    y = y + shortcut
+  return nn.relu(y) if relu else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _normalized(x, scale, bias, shortcut, relu, axis_name, groups):
+  """(`BatchNorm`'s output, (mean, variance)), the moments without a gradient.
+
+  The gradient is that of Ioffe and Szegedy (2015), section 3, its sums over all
+  devices. XLA for GPUs passes over the images seven times for the one that JAX
+  finds, and stores what the ReLU lets through; for this one five times.
+  """
+  return _forward(x, scale, bias, shortcut, relu, axis_name, groups)[0]
+
+
+def _forward(x, scale, bias, shortcut, relu, axis_name, groups):
+  axes, wider = tuple(range(x.ndim - 1)), x.astype(scale.dtype)
+  moments = wider.mean(axes), jnp.square(wider).mean(axes)
+  mean, square = _over_devices(moments, axis_name, groups)
+  var = jnp.maximum(square - jnp.square(mean), 0)
+  inverse = jax.lax.rsqrt(var + EPSILON)
+  y = _rescaled(x, mean, scale * inverse, bias, shortcut, relu)
+  kept = None if shortcut is None else y
+  return (y, (mean, var)), (x, kept, mean, inverse, scale, bias)
+
+
+def _backward(relu, axis_name, groups, residuals, gradients):
+  x, y, mean, inverse, scale, bias = residuals
+  axes, factor = tuple(range(x.ndim - 1)), scale * inverse
+
+  def passed(x, y, grad):
+    """(x - mean, what the ReLU lets through), both wide."""
+    away = x.astype(mean.dtype) - mean
+    if relu:
+      # Without a shortcut the same as y > 0, and y need not be read.
+      is_open = away * factor > -bias if y is None else y > 0
+      grad = jnp.where(is_open, grad, 0)
+    return away, grad.astype(mean.dtype)
+
+  # Read and computed anew for the sums and for the result: what XLA for GPUs
+  # takes from an earlier pass, it writes there.
+  x, y, grad = _afresh((x, y, gradients[0]))
+  away, let = passed(x, y, grad)
+  d_bias, along = _sums(let, let * away, axes)
+  count = x.size // x.shape[-1]
+  means = _over_devices((d_bias, along), axis_name, groups)
+  if y is None:
+    x, grad, means = _afresh((x, grad, means))
+    away, let = passed(x, None, grad)
+  mean_let, mean_along = (m / count for m in means)
+  d_x = factor * (let - mean_let - away * (jnp.square(inverse) * mean_along))
+  d_shortcut = None if y is None else let.astype(y.dtype)
+  return d_x.astype(x.dtype), along * inverse, d_bias, d_shortcut
+
+
+_normalized.defvjp(_forward, _backward)
+
+
+def _over_devices(pair, axis_name, groups):
+  """The mean of each over the devices, in one collective."""
+  if axis_name is None:
+    return pair
+  return jax.lax.pmean(jnp.stack(pair), axis_name, axis_index_groups=groups)
+
+
+def _on_gpus(fn, default, *args):
+  return jax.lax.platform_dependent(*args, cuda=fn, rocm=fn, default=default)
+
+
+def _afresh(arrays):
+  return _on_gpus(jax.lax.optimization_barrier, lambda x: x, arrays)
+
+
+def _sums(a, b, axes):
+  """The sum of each; XLA for GPUs reads what both need once for one reduction.
+
+  Two are faster on CPUs.
+  """
+
+  def together(a, b):
+    zero = jnp.zeros((), a.dtype)
+    add = lambda x, y: (x[0] + y[0], x[1] + y[1])  # noqa: E731
+    return tuple(jax.lax.reduce((a, b), (zero, zero), add, axes))
+
+  def apart(a, b):
+    return a.sum(axes), b.sum(axes)
+
+  return _on_gpus(together, apart, a, b)
 
 
 # Flax traces it for every kernel of every trace; jitted, once a shape.

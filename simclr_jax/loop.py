@@ -17,6 +17,7 @@ from etils import epath
 from simclr_jax import (
   checkpoint,
   diagnostics,
+  flops,
   logs,
   parallel,
   rundir,
@@ -247,8 +248,7 @@ class _Log:
     """Counts a step's arithmetic, where the device's limit is known."""
     self._peak = diagnostics.peak_tflops(jax.devices()[0].device_kind)
     if self._peak:
-      cost = mapped.lower(*args).cost_analysis()  # of one device
-      self._tflop = (cost or {}).get("flops", 0) / 1e12
+      self._tflop = flops.count(mapped, *args) / 1e12
 
   def _timing(self, step: int) -> dict:
     values = self.progress.timing(step)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import cpu_conv, layers, resnet
+from simclr_jax import cpu_conv, gpu_conv, layers, resnet
 from simclr_jax.config import UserError
 
 
@@ -56,8 +56,8 @@ class ProjectionHead(nn.Module):
         param_dtype=self.dtype,
         name=f"dense_{k}",
       )(outputs[-1])
-      x = norm(use_bias=not is_last, name=f"bn_{k}")(x)
-      outputs.append(x if is_last else nn.relu(x))
+      norm_fn = norm(use_bias=not is_last, name=f"bn_{k}")
+      outputs.append(norm_fn(x, relu=not is_last))
     return outputs
 
 
@@ -92,12 +92,19 @@ class SimCLR(nn.Module):
 
 
 def _conv_fn(conv: str) -> Callable[..., Any]:
-  """The convolution to use: XLA's, or this package's own on CPUs."""
-  if conv not in ("auto", "xla", "cpu"):
-    raise UserError(f'conv: got "{conv}", allowed are "auto", "xla" and "cpu"')
-  if conv == "cpu" or (conv == "auto" and jax.default_backend() == "cpu"):
-    return cpu_conv.conv_general_dilated
-  return jax.lax.conv_general_dilated
+  """The convolution to use: XLA's, or this package's own."""
+  functions = {
+    "cpu": cpu_conv.conv_general_dilated,
+    "gpu": gpu_conv.conv_general_dilated,
+    "xla": jax.lax.conv_general_dilated,
+  }
+  if conv == "auto":
+    conv = jax.default_backend()
+    return functions.get(conv, functions["xla"])
+  if conv not in functions:
+    names = ", ".join(f'"{name}"' for name in ("auto", *functions))
+    raise UserError(f'conv: got "{conv}", allowed are {names}')
+  return functions[conv]
 
 
 def make_model(
@@ -158,7 +165,8 @@ def make_model(
     pool_padding: of the max-pool: "same" (official, TensorFlow's rule) or
       "torch" (one on each side).
     remat: recompute every residual block in the backward pass.
-    conv: "xla", "cpu" (`cpu_conv.py`) or "auto" (the latter on a CPU).
+    conv: "xla", "cpu" (`cpu_conv.py`), "gpu" (`gpu_conv.py`) or "auto", which
+      is the device's own where there is one.
 
   Raises:
     UserError: for a network that does not exist.

@@ -12,7 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simclr_jax import build, distill, finetune, memory, parallel, pretrain
+from simclr_jax import (
+  build,
+  distill,
+  finetune,
+  flops,
+  memory,
+  parallel,
+  pretrain,
+)
 from simclr_jax import config as config_lib
 from simclr_jax.train_state import TrainState
 
@@ -90,7 +98,8 @@ def estimate(
     (state, batch, key, *constants),
   )
   begin = time.perf_counter()
-  compiled = parallel.pmap(step, donate_argnums=0).lower(*shapes).compile()
+  mapped = parallel.pmap(step, donate_argnums=0)
+  compiled = mapped.lower(*shapes).compile()
   temporary = compiled.memory_analysis().temp_size_in_bytes
   halved = compiled_as.model.dtype != config.model.dtype
   found = {
@@ -100,7 +109,7 @@ def estimate(
   }
   return found | {
     "total": sum(found.values()),
-    "flops": compiled.cost_analysis()["flops"],
+    "flops": flops.count(mapped, *shapes),
     "seconds": time.perf_counter() - begin,
   }
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from simclr_jax import layers
+from simclr_jax import layers, pooling
 from simclr_jax.config import UserError
 
 # depth: (blocks in each group, bottleneck blocks?)
@@ -82,19 +82,21 @@ class Stem(nn.Module):
   def __call__(self, x):
     if self.kind == "cifar":
       x = self.conv(self.filters, 3, name="conv_1")(x)
-      return x, nn.relu(self.norm(name="bn_1")(x))
+      return x, self.norm(name="bn_1")(x, relu=True)
     if self.resnet_d:
       x = self.conv(self.stem_filters, 3, 2, name="conv_1")(x)
-      x = nn.relu(self.norm(name="bn_1")(x))
+      x = self.norm(name="bn_1")(x, relu=True)
       x = self.conv(self.stem_filters, 3, name="conv_2")(x)
-      x = nn.relu(self.norm(name="bn_2")(x))
+      x = self.norm(name="bn_2")(x, relu=True)
       x = self.conv(self.filters, 3, name="conv_3")(x)
-      y = nn.relu(self.norm(name="bn_3")(x))
+      y = self.norm(name="bn_3")(x, relu=True)
     else:
       x = self.conv(self.filters, 7, 2, name="conv_1")(x)
-      y = nn.relu(self.norm(name="bn_1")(x))
+      y = self.norm(name="bn_1")(x, relu=True)
     padding = POOL_PADDINGS[self.pool_padding]
-    return x, nn.max_pool(y, (3, 3), (2, 2), padding)
+    if padding == "SAME":
+      padding = jax.lax.padtype_to_pads(y.shape[1:3], (3, 3), (2, 2), padding)
+    return x, pooling.max_pool(y, tuple(padding))
 
 
 def _shortcut(x, filters, strides, *, resnet_d, conv, norm):
@@ -137,10 +139,10 @@ class BasicBlock(nn.Module):
         norm=self.norm,
       )
     x = self.conv(self.filters, 3, self.strides, name="conv_1")(x)
-    x = nn.relu(self.norm(name="bn_1")(x))
+    x = self.norm(name="bn_1")(x, relu=True)
     x = self.conv(self.filters, 3, name="conv_2")(x)
-    x = self.norm(name="bn_2", scale_init=nn.initializers.zeros)(x)
-    return nn.relu(x + shortcut)
+    norm = self.norm(name="bn_2", scale_init=nn.initializers.zeros)
+    return norm(x, shortcut, relu=True)
 
 
 class BottleneckBlock(nn.Module):
@@ -166,15 +168,15 @@ class BottleneckBlock(nn.Module):
         norm=self.norm,
       )
     x = self.conv(self.filters, 1, name="conv_1")(x)
-    x = nn.relu(self.norm(name="bn_1")(x))
+    x = self.norm(name="bn_1")(x, relu=True)
     num_streams = 2 if self.sk_ratio > 0 else 1
     x = self.conv(num_streams * self.filters, 3, self.strides, name="conv_2")(x)
-    x = nn.relu(self.norm(name="bn_2")(x))
+    x = self.norm(name="bn_2")(x, relu=True)
     if num_streams == 2:
       x = self._select(x)
     x = self.conv(4 * self.filters, 1, name="conv_3")(x)
-    x = self.norm(name="bn_3", scale_init=nn.initializers.zeros)(x)
-    return nn.relu(x + shortcut)
+    norm = self.norm(name="bn_3", scale_init=nn.initializers.zeros)
+    return norm(x, shortcut, relu=True)
 
   def _select(self, x):
     """Weighs two streams, [n, H, W, 2F] to [n, H, W, F], channel by channel."""
@@ -182,7 +184,7 @@ class BottleneckBlock(nn.Module):
     gate = streams.sum(-2).mean((1, 2), keepdims=True)
     squeezed = max(int(self.filters * self.sk_ratio), 32)
     gate = self.conv(squeezed, 1, name="gate_conv_1")(gate)
-    gate = nn.relu(self.norm(name="gate_bn")(gate))
+    gate = self.norm(name="gate_bn")(gate, relu=True)
     gate = self.conv(2 * self.filters, 1, name="gate_conv_2")(gate)
     gate = gate.reshape(*gate.shape[:-1], 2, self.filters)
     return (streams * nn.softmax(gate, axis=-2)).sum(-2)

@@ -1,12 +1,14 @@
 """The two forms of making views: that of CPUs and that of accelerators."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simclr_jax import augment, build, cli
 from simclr_jax.augment import crop, views
 
 RANGES = {
@@ -97,3 +99,26 @@ def test_each_platform_gets_its_form(platform, loops):
     .as_text()
   )
   assert ("stablehlo.while" in text) == loops
+
+
+@pytest.mark.parametrize(
+  "dtype, precision", [("float32", "HIGHEST"), ("bfloat16", "HIGH")]
+)
+def test_products_are_as_exact_as_the_views(dtype, precision):
+  """A half is rounded to 8 bits in the end; accelerators are faster then."""
+
+  def fn(key, images):
+    return augment.two_views(key, images, size=24, dtype=jnp.dtype(dtype))
+
+  args = jax.random.key(0), np.zeros((2, 26, 24, 3), np.uint8)
+  lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+  found = re.findall(r"precision = \[(\w+), (\w+)\]", lowered.as_text())
+  assert len(found) >= 4 and set(found) == {(precision, precision)}
+
+
+@pytest.mark.parametrize("stage_views", [build.two_views, build.crop_flip])
+def test_views_are_of_the_networks_type(stage_views):
+  config = cli.load_recipe("digits", stage="pretrain")
+  for dtype in ("float32", "bfloat16"):
+    config.model.dtype = dtype
+    assert stage_views(config).keywords["dtype"] == jnp.dtype(dtype)

@@ -24,7 +24,7 @@ LAYERS = (
   ("fields", {"fields"}),
   ("base", {"config"}),
   ("places", {"storage"}),
-  ("parts", {"layers", "train_state"}),
+  ("parts", {"layers", "pooling", "train_state"}),
   (
     "leaves",
     {
@@ -33,6 +33,8 @@ LAYERS = (
       "cpu_backend",
       "cpu_conv",
       "feature_file",
+      "flops",
+      "gpu_conv",
       "logs",
       "losses",
       "metrics",

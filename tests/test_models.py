@@ -610,7 +610,7 @@ def test_bfloat16_gradient_is_near_float32():
     ({"num_classes": 5, "num_layers": 0}, "head_layer: got 1, but .* 0 layers"),
     ({"freeze_after_block": 5}, "freeze_after_block: got 5"),
     ({"bn_group_size": -1}, "bn_group_size: got -1"),
-    ({"conv": "gpu"}, 'conv: got "gpu"'),
+    ({"conv": "tpu"}, 'conv: got "tpu"'),
   ],
 )
 def test_wrong_options(wrong, message):

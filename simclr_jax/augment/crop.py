@@ -185,10 +185,11 @@ def crop_planes(images, boxes, flips, *, size):
   )
 
 
-def by_products(images, boxes, flips, *, size):
+def by_products(images, boxes, flips, *, size, precision="highest"):
   """`crop_planes` by two batched products, a side each.
 
-  The views of an image share its pixels in the first.
+  The views of an image share its pixels in the first. The products' precision
+  is full by default: JAX's own keeps 8 to 10 bits on accelerators.
   """
   n, rows, columns, channels = images.shape
   views, dtype = boxes.shape[1], images.dtype
@@ -205,14 +206,13 @@ def by_products(images, boxes, flips, *, size):
   across = resampling_matrix(
     left, box_width, flips, num_in=columns, num_out=width, dtype=dtype
   )
-  # Full precision: the default on TPUs and GPUs keeps 8 to 10 bits.
   x = jnp.einsum(
     "nhs,nsk->nhk",
     down.reshape(n, views * height, rows),
     jnp.swapaxes(images, 2, 3).reshape(n, rows, channels * columns),
-    precision="highest",
+    precision=precision,
   ).reshape(n, views, height * channels, columns)
-  x = jnp.einsum("nvks,nvws->nvkw", x, across, precision="highest")
+  x = jnp.einsum("nvks,nvws->nvkw", x, across, precision=precision)
   return x.reshape(n, views, height, channels, width)
 
 

@@ -48,8 +48,8 @@ def recoloring(draws, *, amounts, jitter, gray, blur, is_rgb, dtype) -> dict:
   return steps
 
 
-@functools.partial(jax.jit, static_argnames="size", inline=True)
-def make_views(images, boxes, flips, steps, *, size):
+@functools.partial(jax.jit, static_argnames=("size", "precision"), inline=True)
+def make_views(images, boxes, flips, steps, *, size, precision="highest"):
   """The views [views * n, H, W, C], in [0, 1], of all images.
 
   Args:
@@ -58,6 +58,7 @@ def make_views(images, boxes, flips, steps, *, size):
     flips: bool [views, n].
     steps: from `recoloring`; {} only clips.
     size: (H, W).
+    precision: of matrix products on accelerators.
   """
   if size[0] < 20:  # the official blur has no taps there
     steps = {name: step for name, step in steps.items() if name != "blur"}
@@ -67,7 +68,7 @@ def make_views(images, boxes, flips, steps, *, size):
     flips,
     steps,
     cpu=functools.partial(one_by_one, size=size),
-    default=functools.partial(together, size=size),
+    default=functools.partial(together, size=size, precision=precision),
   )
 
 
@@ -87,7 +88,7 @@ def one_by_one(images, boxes, flips, steps, *, size):
   if is_large:  # crops are made one by one as well
     crops = jnp.tile(jnp.arange(n), views), boxes.reshape(-1, 4), flips.ravel()
   else:
-    crops = _crops(images, boxes, flips, size)
+    crops = _crops(images, boxes, flips, size=size)
 
   def view(x, steps):
     if is_large:
@@ -118,18 +119,18 @@ def _recolored(x, steps, radius):
   return x
 
 
-def _crops(images, boxes, flips, size):
+def _crops(images, boxes, flips, **options):
   """[views * n, H, C, W]."""
   x = crop.by_products(
-    images, jnp.swapaxes(boxes, 0, 1), jnp.swapaxes(flips, 0, 1), size=size
+    images, jnp.swapaxes(boxes, 0, 1), jnp.swapaxes(flips, 0, 1), **options
   )
   x = jnp.swapaxes(x, 0, 1)
   return x.reshape(-1, *x.shape[2:])
 
 
-def together(images, boxes, flips, steps, *, size):
+def together(images, boxes, flips, steps, *, size, precision="highest"):
   """See `make_views`."""
-  x = _crops(images, boxes, flips, size)
+  x = _crops(images, boxes, flips, size=size, precision=precision)
   # A number for each view, shaped to meet its planes [views * n, H, W].
   spread = jax.tree.map(lambda v: v[:, None, None], steps)
   planes = [x[:, :, c] for c in range(x.shape[2])]
@@ -143,9 +144,11 @@ def together(images, boxes, flips, steps, *, size):
     ]
   x = jnp.stack(_clip(planes), axis=2)
   if "blur" in steps:
-    # Each slice of the band reads x: without this it may be computed for each.
+    # It is read twice: without this it may be computed twice.
     x = jax.lax.optimization_barrier(x)
     on, sigma = steps["blur"]
-    blurred = jnp.clip(blur_planes(x, sigma, size[0] // 10 // 2), 0, 1)
+    radius = size[0] // 10 // 2
+    blurred = blur_planes(x, sigma, radius, block=None, precision=precision)
+    blurred = jnp.clip(blurred, 0, 1)
     x = jnp.where(on[:, None, None, None], blurred, x)
   return jnp.swapaxes(x, 2, 3)

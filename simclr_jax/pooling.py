@@ -1,0 +1,93 @@
+"""The stem's max-pool, with a gradient that gathers.
+
+JAX's gradient scatters: on GPUs by atomic additions, whose order is another
+each time, on CPUs four times as slow.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WINDOW = 3  # pixels of a side
+STRIDE = 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x, padding):
+  """The largest of 3x3 pixels, at every other pixel.
+
+  The gradient goes to the first of equal ones, row by row, as JAX's does.
+
+  Args:
+    x: floats [n, H, W, C].
+    padding: ((low, high), (low, high)) pixels that are less than all.
+
+  Returns:
+    [n, h, w, C], h = (H + low + high - 3) // 2 + 1 and w likewise.
+
+  >>> max_pool(jnp.ones((1, 8, 6, 1)), ((1, 1), (1, 1))).shape
+  (1, 4, 3, 1)
+  """
+  return _forward(x, padding)[0]
+
+
+def _forward(x, padding):
+  config = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+  padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), config)
+  n, *sides, channels = padded.shape
+  counts = [(side - WINDOW) // STRIDE + 1 for side in sides]
+  largest, place = None, None  # of the pixels so far, the number of the largest
+  for number, start in enumerate(np.ndindex(WINDOW, WINDOW)):
+    stops = [
+      a + STRIDE * (c - 1) + 1 for a, c in zip(start, counts, strict=True)
+    ]
+    pixel = jax.lax.slice(
+      padded, (0, *start, 0), (n, *stops, channels), (1, STRIDE, STRIDE, 1)
+    )
+    if largest is None:
+      largest, place = pixel, jnp.zeros(pixel.shape, jnp.uint8)
+    else:
+      place = jnp.where(pixel > largest, jnp.uint8(number), place)
+      largest = jnp.maximum(largest, pixel)
+  return largest, (place, x.shape)
+
+
+def _backward(padding, residuals, grad):
+  place, shape = residuals
+  wide = jnp.promote_types(grad.dtype, jnp.float32)
+  halves = [-(-side // STRIDE) for side in shape[1:3]]
+
+  def windows(axis, parity):
+    """Pixel 2 c + parity in each of its windows w: (which it is, w - c).
+
+    Window w begins at pixel 2 w - low.
+    """
+    for number in range(WINDOW):
+      ahead = parity + padding[axis][0] - number
+      if ahead % STRIDE == 0:
+        yield number, ahead // STRIDE
+
+  def moved(x, shifts):
+    config = [(0, 0, 0)]
+    for shift, half, side in zip(shifts, halves, x.shape[1:3], strict=True):
+      config.append((-shift, half + shift - side, 0))
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
+
+  def part(parities):
+    """Of the pixels of these parities: [n, half of H, half of W, C]."""
+    total = jnp.zeros((), wide)
+    for i, down in windows(0, parities[0]):
+      for j, across in windows(1, parities[1]):
+        chosen = jnp.where(place == WINDOW * i + j, grad, 0)
+        total += moved(chosen, (down, across)).astype(wide)
+    return total.astype(grad.dtype)
+
+  rows = [jnp.stack([part((i, j)) for j in range(STRIDE)], 3) for i in range(2)]
+  whole = jnp.stack(rows, 2)
+  whole = whole.reshape(shape[0], *(STRIDE * half for half in halves), shape[3])
+  return (whole[:, : shape[1], : shape[2]],)
+
+
+max_pool.defvjp(_forward, _backward)
