@@ -30,7 +30,7 @@ from simclr_jax import cli, data, parallel, sources
 # name: recipe, depth, width, side, batch, steps a round, at least
 CASES = {
   "cifar10": ("cifar10", 18, 0.25, 32, 128, 24, 2),
-  "jpegs": ("imagenet", 50, 1.0, 224, 512, 8, 3),
+  "jpegs": ("imagenet", 50, 1.0, 224, 512, 4, 3),
 }
 
 
@@ -86,7 +86,7 @@ def main():
     default.append("jpegs")
   parser.add_argument("--cases", nargs="+", choices=CASES, default=default)
   parser.add_argument("--data_dir", default="", help="of TFDS, with cifar10")
-  parser.add_argument("--images", type=int, default=4096, help="JPEGs")
+  parser.add_argument("--images", type=int, default=2048, help="JPEGs")
   args = parser.parse_args()
   lines, versions = [], {}
   for case in args.cases:

@@ -49,7 +49,7 @@ def test_bfloat16_is_added_up_wide():
   """1 + 2^-8 + 2^-8 is 1 in bfloat16, added one by one."""
   x = jnp.zeros((1, 5, 5, 1), jnp.bfloat16).at[0, 2, 2, 0].set(1)
   _, vjp = jax.vjp(lambda x: pooling.max_pool(x, ((0, 0), (0, 0))), x)
-  given = jnp.asarray([1, 2**-8, 2**-8, 0], jnp.bfloat16)
+  given = jnp.asarray([0, 2**-8, 2**-8, 1], jnp.bfloat16)
   (gradient,) = vjp(given.reshape(1, 2, 2, 1))
   assert gradient.dtype == jnp.bfloat16
   assert gradient[0, 2, 2, 0] == 1 + 2**-7
