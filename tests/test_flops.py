@@ -49,7 +49,7 @@ def test_a_mapped_function_counts_for_one_device():
   assert flops.count(jax.pmap(lambda a: a @ a), a) == 2 * 4**3
 
 
-def test_resnet50():
+def test_flops_of_resnet50():
   """4.1 G products forward (He et al. 2015: 3.8 without the shortcuts')."""
   model = resnet.ResNet(depth=50, stem="imagenet")
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
