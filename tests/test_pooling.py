@@ -61,9 +61,25 @@ def test_not_a_number_is_passed_on():
   assert np.isnan(y[1:3, 1:3]).sum() == np.isnan(y).sum() == 4
 
 
-def test_nothing_is_scattered():
+@pytest.mark.parametrize(
+  "platform, scatters", [("cuda", False), ("cpu", False), ("tpu", True)]
+)
+def test_only_tpus_scatter(platform, scatters):
   """Atomic additions come in any order: runs would not repeat on a GPU."""
   x = jnp.zeros((1, 8, 8, 1))
   gradient = jax.grad(lambda x: pooling.max_pool(x, ((1, 1), (1, 1))).sum())
-  text = jax.jit(gradient).trace(x).lower(lowering_platforms=("cuda",))
-  assert "scatter" not in text.as_text()
+  lowered = jax.jit(gradient).trace(x).lower(lowering_platforms=(platform,))
+  assert ("select_and_scatter" in lowered.as_text()) == scatters
+
+
+def test_tpus_get_the_same(monkeypatch, x64):
+  """The form that they take, on a CPU."""
+  x = jnp.asarray(np.random.default_rng(0).integers(0, 4, (2, 9, 8, 3)), float)
+  want = both(x, PADDINGS[0])[1]
+
+  def of_tpus(*args, tpu, default):
+    return tpu(*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", of_tpus)
+  for got, exact in zip(both(x, PADDINGS[0])[0], want, strict=True):
+    np.testing.assert_array_equal(got, exact)
