@@ -52,7 +52,19 @@ def batch_norm(
   )
 
 
-class BatchNorm(nn.Module):
+class _GivenParams:
+  """Takes parameters as they are.
+
+  Flax traces the initializer of each, to compare shapes: a tenth of a start.
+  """
+
+  def param(self: Any, name, *args, **kwargs):
+    if self.has_variable("params", name):
+      return self.get_variable("params", name)
+    return nn.Module.param(self, name, *args, **kwargs)
+
+
+class BatchNorm(_GivenParams, nn.Module):
   """Normalizes [..., C] by channel, then adds a shortcut, then cuts at 0.
 
   The official one: momentum 0.9, epsilon 1e-5, moments in float32 at least,
@@ -192,10 +204,14 @@ _kernel_init = jax.jit(
 )
 
 
+class _Conv(_GivenParams, nn.Conv):
+  pass
+
+
 def conv(features, kernel_size, strides=1, *, name, dtype, conv_fn):
   """A convolution padded by its kernel size alone, without bias."""
   before = (kernel_size - 1) // 2
-  return nn.Conv(
+  return _Conv(
     features,
     (kernel_size, kernel_size),
     (strides, strides),

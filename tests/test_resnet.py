@@ -408,3 +408,23 @@ def test_networks_that_do_not_exist(wrong, message):
   with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
     resnet.check_architecture(**(right | wrong))
   assert "\n" not in str(error.value)
+
+
+def test_given_parameters_are_not_drawn_again(monkeypatch):
+  """Flax traces the initializer of every parameter at every call."""
+  model = small()
+  images = jnp.zeros((1, 16, 16, 3))
+  variables = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes(model)
+  )
+  drawn = []
+
+  def init(*args):
+    drawn.append(args)
+    return jnp.zeros(args[1], args[2])
+
+  monkeypatch.setattr(layers, "_kernel_init", init)
+  jax.eval_shape(model.apply, variables, images)
+  assert not drawn
+  jax.eval_shape(model.init, jax.random.key(0), images)
+  assert len(drawn) >= 8
