@@ -69,7 +69,8 @@ def setup() -> None:
   """
   if cpu_backend.is_expected():
     cpu_backend.set_flags()
-    cpu_backend.keep_freed_memory()
+    if cpu_backend.keep_freed_memory():
+      cpu_backend.fill_holes_after_compiling()
   parallel.initialize()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path.home() / ".cache" / "simclr_jax" / "xla"

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from simclr_jax import cpu_backend
@@ -94,3 +95,68 @@ def test_a_step_asks_for_no_new_memory():
   # 64 MiB are 16,384 pages of 4 KiB.
   assert faults["nothing"] > 10_000
   assert faults["setup"] < 1_000
+
+
+HOLES = """
+import ctypes, json, re
+from simclr_jax import cpu_backend
+cpu_backend.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+sizes = [2000 + 16 * (i % 3000) for i in range(9000)]
+pieces = [libc.malloc(ctypes.c_size_t(size)) for size in sizes]
+for piece in pieces[::2]:
+  libc.free(piece)
+print(json.dumps([cpu_backend.fill_holes(), cpu_backend.fill_holes()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_holes_are_filled():
+  done = subprocess.run(
+    [sys.executable, "-c", HOLES],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  first, second = json.loads(done.stdout)
+  assert first >= 4000
+  assert second < first / 10
+
+
+def test_no_other_malloc_is_touched(monkeypatch):
+  class Other:
+    """A C library without glibc's functions."""
+
+  monkeypatch.setattr(cpu_backend.ctypes, "CDLL", lambda name: Other())
+  assert cpu_backend.fill_holes() == 0
+
+
+def test_only_long_compilations_are_followed_by_it(monkeypatch):
+  filled, listeners = [], []
+  monkeypatch.setattr(cpu_backend, "fill_holes", lambda: filled.append(1))
+  monkeypatch.setattr(
+    jax.monitoring,
+    "register_event_duration_secs_listener",
+    listeners.append,
+  )
+  cpu_backend.fill_holes_after_compiling()
+  (listen,) = listeners
+  listen("/jax/core/compile/backend_compile_duration", 0.2)
+  listen("/jax/core/compile/jaxpr_trace_duration", 20.0)
+  assert not filled
+  listen("/jax/core/compile/backend_compile_duration", 2.0, fun_name="step")
+  assert filled
+
+
+def test_jax_still_tells_of_compiling():
+  """By the event that the listener waits for."""
+  told = []
+
+  def listen(event, seconds, **_):
+    told.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  jax.jit(lambda x: x + len(told))(1.0)
+  assert any(event.endswith("/backend_compile_duration") for event in told)
