@@ -1,8 +1,10 @@
 """How XLA's CPU backend is set up: the faster convolutions, and its memory."""
 
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import tempfile
@@ -83,17 +85,25 @@ def keep_freed_memory() -> bool:
 _SHORTEST_HOLE, _LONGEST_HOLE = 2**10, 2**20
 # Shorter compilations leave few.
 _LONG_SECONDS = 0.5
+# Each may cost 150 MiB; a command compiles its step and some more.
+_MOST_FILLS = 8
 
 
+@functools.cache
 def fill_holes_after_compiling() -> None:
-  """Calls `fill_holes` after each compilation of this process that took long.
+  """Calls `fill_holes` after compilations of this process that took long.
+
+  After the first few of them; said twice, this is done once.
 
   >>> fill_holes_after_compiling()
   """
+  left = iter(range(_MOST_FILLS))
 
   def listen(event, seconds, **_):
-    if event.endswith("/backend_compile_duration") and seconds > _LONG_SECONDS:
-      fill_holes()
+    is_compilation = event.endswith("/backend_compile_duration")
+    if is_compilation and seconds > _LONG_SECONDS:
+      for _ in itertools.islice(left, 1):
+        fill_holes()
 
   jax.monitoring.register_event_duration_secs_listener(listen)
 
