@@ -4,7 +4,6 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import itertools
 import os
 import re
 import tempfile
@@ -75,8 +74,9 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):  # not glibc
     return False
-  # <malloc.h>: M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD
-  options = {-8: 1, -4: 0, -1: 2**31 - 1}
+  # <malloc.h>: M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD, -1 for never: its
+  # largest number, 2 GiB, is less than a larger step frees.
+  options = {-8: 1, -4: 0, -1: -1}
   taken = [mallopt(name, value) for name, value in options.items()]
   return all(taken)
 
@@ -102,7 +102,7 @@ def fill_holes_after_compiling() -> None:
   def listen(event, seconds, **_):
     is_compilation = event.endswith("/backend_compile_duration")
     if is_compilation and seconds > _LONG_SECONDS:
-      for _ in itertools.islice(left, 1):
+      if next(left, None) is not None:
         fill_holes()
 
   jax.monitoring.register_event_duration_secs_listener(listen)
