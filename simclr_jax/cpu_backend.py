@@ -101,9 +101,9 @@ def fill_holes_after_compiling() -> None:
 
   def listen(event, seconds, **_):
     is_compilation = event.endswith("/backend_compile_duration")
-    if is_compilation and seconds > _LONG_SECONDS:
-      if next(left, None) is not None:
-        fill_holes()
+    is_long = is_compilation and seconds > _LONG_SECONDS
+    if is_long and next(left, None) is not None:
+      fill_holes()
 
   jax.monitoring.register_event_duration_secs_listener(listen)
 
