@@ -14,58 +14,41 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 CHANNELS = 16
 
 
-def conv_general_dilated(
-  lhs,
-  rhs,
-  window_strides,
-  padding,
-  lhs_dilation=None,
-  rhs_dilation=None,
-  dimension_numbers=None,
-  feature_group_count=1,
-  precision=None,
-):
+def conv_general_dilated(lhs, rhs, window_strides, padding, **options):
   """`jax.lax.conv_general_dilated`, for `nn.Conv`'s attribute.
 
   Covers kernels of more than 3x3 over up to four channels at stride 2, NHWC and
   HWIO, with the padding as numbers; passes all else on to lax.
 
-  >>> x, w, pad = (
-  ...   jnp.ones((2, 8, 8, 3)),
-  ...   jnp.ones((7, 7, 3, 4)),
-  ...   ((3, 3), (3, 3)),
-  ... )
+  >>> x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((7, 7, 3, 4))
+  >>> pad = ((3, 3), (3, 3))
   >>> conv_general_dilated(
   ...   x, w, (2, 2), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
   ... ).shape
   (2, 4, 4, 4)
   """
-  dilations = (*(lhs_dilation or (1,)), *(rhs_dilation or (1,)))
-  numbers = [
-    lax.conv_dimension_numbers(lhs.shape, rhs.shape, d)
-    for d in (dimension_numbers, NUMBERS if lhs.ndim == 4 else None)
-  ]
-  if (
-    lhs.ndim == 4
-    and numbers[0] == numbers[1]
+  if _is_stem(lhs, rhs, window_strides, padding, options):
+    lhs, rhs = _folded(lhs, rhs, padding)
+    window_strides, padding = (1, 1), "VALID"
+  return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+
+
+def _is_stem(lhs, rhs, window_strides, padding, options) -> bool:
+  if lhs.ndim != 4 or isinstance(padding, str):
+    return False
+  given, expected = (
+    lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
+    for numbers in (options.get("dimension_numbers"), NUMBERS)
+  )
+  dilations = (
+    options.get(f"{side}_dilation") or (1,) for side in ("lhs", "rhs")
+  )
+  return (
+    given == expected
     and tuple(window_strides) == (2, 2)
     and lhs.shape[3] == rhs.shape[2] <= CHANNELS // 4
     and min(rhs.shape[:2]) > 3
-    and not isinstance(padding, str)
-    and all(d == 1 for d in dilations)
-  ):
-    lhs, rhs = _folded(lhs, rhs, padding)
-    window_strides, padding, dimension_numbers = (1, 1), "VALID", NUMBERS
-  return lax.conv_general_dilated(
-    lhs,
-    rhs,
-    window_strides,
-    padding,
-    lhs_dilation=lhs_dilation,
-    rhs_dilation=rhs_dilation,
-    dimension_numbers=dimension_numbers,
-    feature_group_count=feature_group_count,
-    precision=precision,
+    and all(d == 1 for sizes in dilations for d in sizes)
   )
 
 
