@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import tempfile
 
 import jax
 
@@ -137,7 +136,7 @@ def fill_holes() -> int:
 
   def pieces():
     """(shortest, longest, number) of each list."""
-    with tempfile.TemporaryFile() as file:
+    with open(os.memfd_create("malloc_info"), "w+b") as file:
       stream = fdopen(os.dup(file.fileno()), b"w")
       malloc_info(0, stream)
       fclose(stream)
@@ -148,7 +147,7 @@ def fill_holes() -> int:
 
   malloc_trim(0)
   taken = 0
-  for _ in range(2):  # what is left of the longer ones, then
+  for _ in range(2):  # the first time leaves ends of the longer ones
     for shortest, longest, number in reversed(pieces()):
       if shortest >= _SHORTEST_HOLE and longest < _LONGEST_HOLE:
         for _ in range(number):

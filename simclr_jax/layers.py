@@ -1,6 +1,7 @@
 """Convolution and BatchNorm as the official network has them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ EPSILON = 1e-5
 
 def batch_norm(
   *, train, dtype, axis_name=None, group_size=0, initializing=False
-):
+) -> "Callable[..., BatchNorm]":
   """A maker of `BatchNorm`s, functools.partial.
 
   Args:
@@ -53,15 +54,18 @@ def batch_norm(
 
 
 class _GivenParams:
-  """Takes parameters as they are.
+  """Takes parameters of the right shape as they are.
 
   Flax traces the initializer of each, to compare shapes: a tenth of a start.
   """
 
-  def param(self: Any, name, *args, **kwargs):
+  def param(self: Any, name, init, shape, *args, **kwargs):
     if self.has_variable("params", name):
-      return self.get_variable("params", name)
-    return nn.Module.param(self, name, *args, **kwargs)
+      value = self.get_variable("params", name)
+      if jnp.shape(value) == tuple(shape):
+        return value
+    # Draws it, or says what is wrong with the shape of the given one.
+    return nn.Module.param(self, name, init, shape, *args, **kwargs)
 
 
 class BatchNorm(_GivenParams, nn.Module):

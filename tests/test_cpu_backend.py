@@ -125,6 +125,33 @@ def test_holes_are_filled():
   assert second < first / 10
 
 
+LARGE = """
+import ctypes
+from simclr_jax import cpu_backend
+cpu_backend.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.sbrk.restype = ctypes.c_void_p
+piece = libc.malloc(ctypes.c_size_t(3 * 2**30))  # not touched
+assert piece
+end = libc.sbrk(0)
+libc.free(piece)
+print(end - libc.sbrk(0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_beyond_2_gib_is_kept_too():
+  done = subprocess.run(
+    [sys.executable, "-c", LARGE],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  assert int(done.stdout) == 0
+
+
 def test_no_other_malloc_is_touched(monkeypatch):
   class Other:
     """A C library without glibc's functions."""

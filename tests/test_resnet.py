@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 
 from simclr_jax import layers, resnet
 from simclr_jax.config import UserError
@@ -428,3 +429,18 @@ def test_given_parameters_are_not_drawn_again(monkeypatch):
   assert not drawn
   jax.eval_shape(model.init, jax.random.key(0), images)
   assert len(drawn) >= 8
+
+
+@pytest.mark.parametrize(
+  "path", [("conv_1", "kernel"), ("bn_1", "scale"), ("bn_1", "bias")]
+)
+def test_a_parameter_of_another_shape_is_refused(path):
+  model = small()
+  images = jnp.zeros((1, 16, 16, 3))
+  variables = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes(model)
+  )
+  module, name = path
+  variables["params"]["stem"][module][name] = jnp.zeros(1)
+  with pytest.raises(errors.ScopeParamShapeError, match=name):
+    jax.eval_shape(model.apply, variables, images)

