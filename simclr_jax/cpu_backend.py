@@ -1,5 +1,6 @@
 """How XLA's CPU backend is set up: the faster convolutions, and its memory."""
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -102,7 +103,8 @@ def fill_holes_after_compiling() -> None:
     is_compilation = event.endswith("/backend_compile_duration")
     is_long = is_compilation and seconds > _LONG_SECONDS
     if is_long and next(left, None) is not None:
-      fill_holes()
+      with contextlib.suppress(OSError):  # no descriptor left: a slower step
+        fill_holes()
 
   jax.monitoring.register_event_duration_secs_listener(listen)
 

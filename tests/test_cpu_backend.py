@@ -181,6 +181,19 @@ def test_only_long_compilations_are_followed_by_it(monkeypatch):
   assert len(filled) == 8
 
 
+def test_a_run_goes_on_without_it(monkeypatch):
+  def full():
+    raise OSError("too many open files")
+
+  listeners = []
+  monkeypatch.setattr(cpu_backend, "fill_holes", full)
+  monkeypatch.setattr(
+    jax.monitoring, "register_event_duration_secs_listener", listeners.append
+  )
+  cpu_backend.fill_holes_after_compiling.__wrapped__()
+  listeners[0]("/jax/core/compile/backend_compile_duration", 2.0)
+
+
 def test_jax_still_tells_of_compiling():
   """By the event that the listener waits for."""
   told = []
