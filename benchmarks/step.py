@@ -85,11 +85,11 @@ def main():
       other = config.copy_and_resolve_references()
       other.model.conv = "xla"
       forms["with XLA's convolution"], _ = make_form(other, steps)
-    two_views = build.two_views
+    make_views = build.make_views
     take, views = given_views(config)
-    build.two_views = lambda config, take=take: take
+    build.make_views = lambda config, take=take: take
     forms["views given"], _ = make_form(config, steps, views)
-    build.two_views = two_views
+    build.make_views = make_views
     options = {
       "depth": depth,
       "width": width,

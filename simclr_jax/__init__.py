@@ -26,7 +26,7 @@ Importing the package loads none of them, and no JAX: a module is imported
 when its name is first used, `import simclr_jax as sj; sj.losses.nt_xent(...)`.
 """
 
-import importlib
+import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -60,8 +60,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  if name in __all__:
-    return importlib.import_module(f"{__name__}.{name}")
+  full = f"{__name__}.{name}"
+  if not name.startswith("_") and importlib.util.find_spec(full):
+    return importlib.import_module(full)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,6 +1,7 @@
 """From a config to the things a stage trains with: data, network, state."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +36,27 @@ HEAD = ("head.num_layers", "head.dim", "head.width")
 VIEW = ("data.image_size", "data.canvas_size")
 
 
-def start(config) -> ml_collections.ConfigDict:
+def start(config, *, stage: str) -> ml_collections.ConfigDict:
   """Returns a copy of `config` to resolve, checked as far as it can be.
 
   Raises:
-    UserError: a field that is not there, or out of its range.
+    UserError: no config of this stage, a field that is not there, or out of its
+      range.
   """
+  is_config = isinstance(config, Mapping | ml_collections.ConfigDict)
+  found = config.get("stage") if is_config else type(config).__name__
+  if found != stage:
+    raise UserError(
+      f"this is no config of {stage}, but of {found}; cli.load_recipe"
+      f'("digits", stage="{stage}") makes one.'
+    )
   config = ml_collections.ConfigDict(config).lock()
-  needed = config_lib.flat(cli.load_recipe("digits", stage=config.stage))
+  needed = config_lib.flat(cli.load_recipe("digits", stage=stage))
   if missing := sorted(needed.keys() - config_lib.flat(config).keys()):
     raise UserError(
       f"the config lacks {', '.join(missing[:5])}"
-      f"{' and others' * (len(missing) > 5)}; configs/{config.stage}.py has "
-      "every field."
+      f"{' and others' * (len(missing) > 5)}; configs/{stage}.py has every "
+      "field."
     )
   config_lib.check(config, num_devices=jax.device_count())
   group = config.model.bn_group_size
@@ -268,40 +277,29 @@ def result(config, *, protocol: str, metrics: dict, num_steps: int) -> dict:
   }
 
 
-def two_views(config):
-  """The views of pretraining."""
+def make_views(config):
+  """(key, images, index=, sizes=) -> the views that the stage trains on."""
+  views_fn = (
+    augment.two_views if config.stage == "pretrain" else augment.crop_flip
+  )
   return functools.partial(
-    augment.two_views,
+    views_fn,
     size=config.data.image_size,
     dtype=jnp.dtype(config.model.dtype),
     **config.augment,
   )
 
 
-def crop_flip(config):
-  """The views of fine-tuning and distillation: crop and flip."""
-  return functools.partial(
-    augment.crop_flip,
-    size=config.data.image_size,
-    dtype=jnp.dtype(config.model.dtype),
-    **config.augment,
-  )
+def check_views(config, dataset: data.Dataset) -> None:
+  """Raises UserError where no view of `dataset` can be made; computes nothing.
 
-
-def check_views(views_fn, config, dataset: data.Dataset) -> None:
-  """Raises UserError where no view can be made with the run's options.
-
-  Before the run has written anything; nothing is computed.
-
-  Args:
-    views_fn: from `two_views` or `crop_flip`.
-    config: resolved.
-    dataset: whose images they are views of.
+  Before the run has written anything.
   """
   canvas = config.data.canvas_size
   images = jax.ShapeDtypeStruct(
     (2, canvas, canvas, dataset.channels), jnp.uint8
   )
+  views_fn = make_views(config)
   jax.eval_shape(lambda x: views_fn(jax.random.key(0), x), images)
 
 

@@ -148,17 +148,12 @@ def restore_latest(manager, target: dict) -> dict | None:
   if found := _newest(manager, lambda step: _read(manager, step)[0]):
     step, tree = found
     where = f"{manager.directory}/{step}"
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(target["opt_state"])
-    restored = tree["opt_state"]
-    opt_state = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    _check_same(opt_state, restored, where=where)
-    for name in ("params", "batch_stats"):
-      _check_same(target[name], tree[name], where=where)
-    return tree | {
-      "opt_state": treedef.unflatten(
-        restored[jax.tree_util.keystr(path)] for path, _ in leaves
-      )
-    }
+    wanted = dict(target, opt_state=_by_path(target["opt_state"]))
+    for name in ("opt_state", "params", "batch_stats"):
+      _check_same(wanted[name], tree[name], where=where)
+    leaves = [tree["opt_state"][path] for path in wanted["opt_state"]]
+    structure = jax.tree.structure(target["opt_state"])
+    return tree | {"opt_state": structure.unflatten(leaves)}
   if steps := sorted(manager.all_steps()):
     raise UserError(
       f"no checkpoint under {manager.directory} can be read (steps "

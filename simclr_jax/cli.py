@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from simclr_jax import config as config_lib
-from simclr_jax import cpu_backend, errors, parallel
+from simclr_jax import cpu_backend, errors, hosts
 from simclr_jax.config import UserError
 
 STAGES = ("pretrain", "finetune", "distill")
@@ -50,7 +50,7 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
   with errors.ending():
     config, workdir = parse(sys.argv[1:] if argv is None else argv, stage=stage)
     setup()
-    with parallel.together():
+    with hosts.together():
       result = train_and_evaluate(config, workdir)
   shown = ", ".join(
     f"{name} {result[name]:.2%}"
@@ -71,13 +71,13 @@ def setup() -> None:
     cpu_backend.set_flags()
     if cpu_backend.keep_freed_memory():
       cpu_backend.fill_holes_after_compiling()
-  parallel.initialize()
+  hosts.initialize()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path.home() / ".cache" / "simclr_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   if not os.environ.get(_SHORTEST_CACHED.upper()):
     jax.config.update(_SHORTEST_CACHED, 0.1)  # JAX's 1 s leaves out many
-  if hint := parallel.unused_accelerator():
+  if hint := hosts.unused_accelerator():
     print(f"warning: {hint}", file=sys.stderr, flush=True)
 
 
@@ -189,11 +189,13 @@ def load_recipe(text: str, *, stage: str) -> ml_collections.ConfigDict:
     stage: "pretrain", "finetune" or "distill".
 
   Raises:
-    UserError: no such file or recipe, or one of another stage.
+    UserError: no such stage, file or recipe, or a file of another stage.
 
   >>> load_recipe("digits,labels=10", stage="finetune").label_percent
   10.0
   """
+  if stage not in STAGES:
+    raise UserError(f'stage is "{stage}"; expected one of {", ".join(STAGES)}.')
   path, recipe = find_recipe(text, stage=stage)
   config = _get_config(path, recipe)
   if config.stage != stage:

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 
 from simclr_jax import fields
-from simclr_jax.errors import Diverged, UserError, nearest
-
-__all__ = ["Diverged", "UserError", "nearest"]  # of errors.py, for all others
+from simclr_jax.errors import Diverged as Diverged  # for all others
+from simclr_jax.errors import UserError, nearest
 
 
 def parse_arg(

@@ -132,10 +132,7 @@ class Advice:
 
   def __call__(self, step: int, values: dict) -> list[str]:
     """Looks at one line of metrics.jsonl; returns what is to be said now."""
-    if not self._num_pairs:
-      found = {}
-    else:
-      found = self._contrastive(step, values)
+    found = self._contrastive(step, values) if self._num_pairs else {}
     wait = values.get("input_wait") or 0.0
     found["input"] = (
       wait > 0.2,

@@ -146,7 +146,7 @@ def make_step(config, model, optimizer, *, teacher):
     model=model,
     teacher=teacher,
     optimizer=optimizer,
-    view_fn=build.crop_flip(config),
+    view_fn=build.make_views(config),
     distillation_fn=functools.partial(
       losses.distillation_loss,
       temperature=config.loss.temperature,
@@ -205,7 +205,8 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> result["protocol"]
   'distill'
   """
-  config, workdir = build.start(config), storage.path(workdir)
+  config = build.start(config, stage="distill")
+  workdir = storage.path(workdir)
   if config.loss.label_weight > 1:
     raise UserError(
       f"config.loss.label_weight is {config.loss.label_weight:g}; it must be "
@@ -236,7 +237,7 @@ def train_and_evaluate(config, workdir) -> dict:
   loaded = None
   if config.pretrained:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
-  build.check_views(build.crop_flip(config), config, train)
+  build.check_views(config, train)
   variables = build.init(config, model, train, loaded)  # may not fit
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
@@ -275,7 +276,7 @@ def train_and_evaluate(config, workdir) -> dict:
     ),
   )
   snapshots.save(
-    workdir, config, state, model, train, test, build.crop_flip(config)
+    workdir, config, state, model, train, test, build.make_views(config)
   )
   return result
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from simclr_jax import cli, errors, feature_file, network, parallel
+from simclr_jax import cli, errors, feature_file, hosts, network
 from simclr_jax.config import UserError
 from simclr_jax.provenance import provenance
 
@@ -74,7 +74,7 @@ def embed(
   >>> np.load("digits.npz")["features"].shape
   (360, 32)
   """
-  parallel.agree(_problem_of(output))
+  hosts.agree(_problem_of(output))
   output = Path(output).expanduser()
   _check_options(eval_fraction, batch_size, on_error)
   net = network.load(checkpoint)
@@ -110,7 +110,7 @@ def embed(
 
   parts = output.with_name(f"{output.name}.parts")
   with _claimed(parts, about) as start:
-    start = parallel.broadcast(start)
+    start = hosts.broadcast(start)
     if start:
       print(f"continuing after {start:,} images found in {parts}", flush=True)
     skipped: set[str] = set()
@@ -134,7 +134,7 @@ def embed(
           output, parts, label_names, about | numbers | provenance()
         )
       problem = "".join(failed)
-    parallel.agree(problem)
+    hosts.agree(problem)
   result = {
     "num_images": shape[0],
     "num_skipped": len(source) - shape[0],
@@ -219,7 +219,7 @@ def _claimed(parts: Path, about: dict) -> Iterator[int]:
       start = max((stop for _, stop, _ in found), default=0)
     problem = "".join(failed) or problem
   try:
-    parallel.agree(problem)
+    hosts.agree(problem)
     yield start
   finally:
     if lock:
@@ -337,7 +337,7 @@ def main(argv=None) -> None:
   args = parser.parse_args(argv)
   with errors.ending():
     cli.setup()
-    with parallel.together():
+    with hosts.together():
       embed(**vars(args))
 
 

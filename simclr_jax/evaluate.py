@@ -27,8 +27,8 @@ from simclr_jax import (
   data,
   errors,
   feature_file,
+  hosts,
   network,
-  parallel,
   probes,
 )
 from simclr_jax.config import UserError, nearest
@@ -105,7 +105,7 @@ def evaluate(
   if not 0 <= seed < 2**32:  # scikit-learn takes no other
     raise UserError(f"--seed: got {seed}, must be from 0 to {2**32 - 1}")
   is_writer = jax.process_index() == 0
-  parallel.agree(_problem_of(output) if output and is_writer else "")
+  hosts.agree(_problem_of(output) if output and is_writer else "")
   if checkpoint:
     train, test, about = _of_run(checkpoint, layer, folds, batch_size)
   else:
@@ -340,7 +340,7 @@ def main(argv=None) -> None:
   probe_names = [name for name in args.pop("probes").split(",") if name]
   with errors.ending():
     cli.setup()
-    with parallel.together():
+    with hosts.together():
       evaluate(probe_names=probe_names, **args)
 
 

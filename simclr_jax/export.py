@@ -22,9 +22,9 @@ import numpy as np
 from simclr_jax import (
   cli,
   errors,
+  hosts,
   model_card,
   network,
-  parallel,
   torchvision_names,
 )
 from simclr_jax.config import UserError
@@ -233,7 +233,7 @@ def main(argv=None) -> None:
   args = parser.parse_args(argv)
   with errors.ending():
     cli.setup()
-    with parallel.together():
+    with hosts.together():
       export(**vars(args))
 
 

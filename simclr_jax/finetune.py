@@ -133,7 +133,7 @@ def make_step(config, model, optimizer):
     train_step,
     model=model,
     optimizer=optimizer,
-    view_fn=build.crop_flip(config),
+    view_fn=build.make_views(config),
   )
 
 
@@ -158,7 +158,8 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> result["protocol"]
   'finetune 1%'
   """
-  config, workdir = build.start(config), storage.path(workdir)
+  config = build.start(config, stage="finetune")
+  workdir = storage.path(workdir)
   loaded = resolve_network(config)
   build.resolve(config)
   rundir.check_same(config, workdir)
@@ -172,7 +173,7 @@ def train_and_evaluate(config, workdir) -> dict:
   num_steps = config_lib.num_steps(config, len(train))
   linear = config.freeze_after_block == 4
   model = make_model(config, num_classes=train.num_classes)
-  build.check_views(build.crop_flip(config), config, train)
+  build.check_views(config, train)
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
     return done
@@ -217,7 +218,7 @@ def train_and_evaluate(config, workdir) -> dict:
     ),
   )
   snapshots.save(
-    workdir, config, state, model, train, test, build.crop_flip(config)
+    workdir, config, state, model, train, test, build.make_views(config)
   )
   return result
 

@@ -7,6 +7,7 @@ batch t, the random numbers of step t, the lines of metrics.jsonl and the saves.
 import contextlib
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,6 +19,7 @@ from simclr_jax import (
   checkpoint,
   diagnostics,
   flops,
+  hosts,
   logs,
   parallel,
   rundir,
@@ -182,8 +184,8 @@ def run(
 
 def _agree_on_start(start: int) -> None:
   """All hosts must have restored the same step."""
-  expected = parallel.broadcast(start)
-  parallel.agree(
+  expected = hosts.broadcast(start)
+  hosts.agree(
     ""
     if start == expected
     else f"process {jax.process_index()} can read the checkpoint of step "
@@ -194,15 +196,9 @@ def _agree_on_start(start: int) -> None:
 def _is_evaluated(workdir, step: int) -> bool:
   """Whether metrics.jsonl has the evaluation of this step."""
   file = epath.Path(workdir) / "metrics.jsonl"
-  found = False
-  if file.exists():
-    for line in file.read_text().splitlines(keepends=True):
-      found |= (
-        line.startswith(f'{{"step": {step},')
-        and '"eval_' in line
-        and line.endswith("\n")
-      )
-  return bool(parallel.broadcast(found))  # process 0 rewrites the file now
+  text = file.read_text() if file.exists() else ""
+  found = re.search(rf'^{{"step": {step},.*"eval_.*\n', text, re.MULTILINE)
+  return bool(hosts.broadcast(bool(found)))  # process 0 rewrites the file now
 
 
 def _with_stop(step_fn):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from simclr_jax.config import UserError
+
 Metrics = dict[str, jax.Array]
 
 
@@ -25,6 +27,18 @@ def l2_normalize(x: jax.Array) -> jax.Array:
   """
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+
+
+def check_pairs(z1: jax.Array, z2: jax.Array) -> None:
+  """Raises UserError unless both are [n, D], n at least 1.
+
+  >>> check_pairs(jnp.ones((2, 8)), jnp.ones((2, 8)))
+  """
+  if z1.ndim != 2 or z1.shape != z2.shape or not len(z1):
+    raise UserError(
+      f"z1 and z2 have shapes {z1.shape} and {z2.shape}; expected [n, D] of "
+      "both, n at least 1"
+    )
 
 
 def nt_xent(
@@ -63,12 +77,22 @@ def nt_xent(
     view 1 among the N embeddings of view 2, and with normalize "alignment" and
     "gaussian_potential", whose log is the uniformity (see metrics.py).
 
+  Raises:
+    UserError: arrays of other shapes, or a number outside its range.
+
+  With block_size there are no forward-mode derivatives (jvp, jacfwd).
+
   >>> z1, z2 = jax.random.normal(jax.random.key(0), (2, 64, 16))
   >>> loss, metrics = nt_xent(z1, z1 + 0.1 * z2, temperature=0.1)
   >>> metrics["contrastive_accuracy"].item()
   1.0
   """
-  n, _ = z1.shape
+  check_pairs(z1, z2)
+  if block_size is not None and block_size < 1:
+    raise UserError(f"block_size is {block_size}; expected at least 1, or None")
+  if isinstance(temperature, int | float) and not temperature > 0:
+    raise UserError(f"temperature is {temperature}; expected a number above 0")
+  n = len(z1)
   dtype = jnp.promote_types(z1.dtype, jnp.float32)
   z = jnp.stack([z1, z2]).astype(dtype)
   if normalize:
@@ -202,6 +226,17 @@ def _to_blocks(block_size, rows, index):
   return jnp.moveaxis(blocks, 1, 0), index.reshape(-1, block_size)
 
 
+def check_labels(labels: jax.Array, num_rows: int) -> None:
+  """Raises UserError unless there is one a row; a single one would broadcast.
+
+  >>> check_labels(jnp.array([3, -1]), 2)
+  """
+  if labels.shape != (num_rows,):
+    raise UserError(
+      f"labels have shape {labels.shape}; expected ({num_rows},), one a row"
+    )
+
+
 def labelled_mean(
   values: jax.Array, labels: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:
@@ -214,6 +249,7 @@ def labelled_mean(
   >>> labelled_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([0, 3, -1])).item()
   1.5
   """
+  check_labels(labels, len(values))
   labelled = labels >= 0
   count = labelled.sum(dtype=values.dtype)
   total = jnp.where(labelled, values, 0).sum()
@@ -240,6 +276,7 @@ def supervised_loss(
   >>> metrics["supervised_accuracy"].item()
   1.0
   """
+  check_labels(labels, len(logits))
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   # optax would take -1 for the last class.
   losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -272,11 +309,19 @@ def distillation_loss(
   Returns:
     A scalar, in float32 or better.
 
+  Raises:
+    UserError: the two have different shapes.
+
   >>> logits = jnp.zeros((2, 10))
   >>> loss = distillation_loss(logits, logits, temperature=1.0)
   >>> round(float(loss), 3)  # ln 10
   2.303
   """
+  if student_logits.shape != teacher_logits.shape:
+    raise UserError(
+      f"the student's logits have shape {student_logits.shape}, the teacher's "
+      f"{teacher_logits.shape}; expected the same"
+    )
   dtype = jnp.promote_types(student_logits.dtype, jnp.float32)
   teacher_logits = jax.lax.stop_gradient(teacher_logits)
   targets = jax.nn.softmax(teacher_logits.astype(dtype) / temperature)

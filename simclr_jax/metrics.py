@@ -1,6 +1,7 @@
 """What tells a healthy embedding from a collapsed one, and plain accuracy.
 
-Pure functions of arrays, on one device; they run in jit and outside it.
+Functions of arrays, on one device, in jit or outside it; `from_moments` is
+NumPy, on the host.
 """
 
 import math
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simclr_jax.config import UserError
+
 
 def num_pairs(batch_size: int, memory_size: int = 0) -> int:
-  """The batch whose negatives are as many as those of a batch and a memory.
+  """The batch size with as many negatives as this batch and its memory.
 
   >>> num_pairs(256, memory_size=512)
   512
@@ -54,6 +57,8 @@ def uniformity(z: jax.Array, *, t: float = 2.0) -> jax.Array:
   -4.0
   """
   n = z.shape[0]
+  if n < 2:
+    raise UserError(f"z has {n} rows; expected at least 2, to make pairs of")
   x = _unit(z)
   similarities = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
   potentials = jnp.where(
@@ -148,4 +153,5 @@ def _at_least_float32(x):
 
 def _unit(z):
   z = _at_least_float32(z)
-  return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-6)
+  squares = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+  return z * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))

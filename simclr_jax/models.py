@@ -135,7 +135,9 @@ def make_model(
   "head_0" (= h) .. "head_k" [n, G] after BatchNorm and ReLU, "z" [n, dim] (the
   last of them) and, with num_classes, "logits" [n, num_classes]. All have type
   promote_types(dtype, float32). With endpoints=True also the maps named in
-  `resnet.ResNet`. Training: pass mutable=["batch_stats"].
+  `resnet.ResNet`. Training: pass mutable=["batch_stats"]. Gradients are of
+  reverse mode; jvp, jacfwd and hessian need conv="xla", stem="cifar" and
+  train=False.
 
   Every head layer is built and computed whatever `head_layer` is, as in the
   official graph: one tree of variables then fits all stages, and the moving
@@ -185,6 +187,12 @@ def make_model(
     stem=stem,
     pool_padding=pool_padding,
   )
+  counts = {"head.num_layers": num_layers, "head.dim": dim}
+  for name, value in (counts | {"num_classes": num_classes or 1}).items():
+    if int(value) != value:
+      raise UserError(f"{name}: got {value}, must be a whole number")
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise UserError(f"dtype: got {jnp.dtype(dtype)}, must be a float's")
   if num_layers < 0 or dim < 1:
     raise UserError(
       f"head.num_layers and head.dim: got {num_layers} and {dim}, must be at "

@@ -12,7 +12,7 @@ import numpy as np
 from simclr_jax import build, checkpoint, data, models, parallel, predict
 from simclr_jax import config as config_lib
 from simclr_jax import sources as sources_lib
-from simclr_jax.config import UserError
+from simclr_jax.config import UserError, nearest
 
 # Images on a device at a time, where nothing is said.
 _BATCH_PER_DEVICE = 64
@@ -30,18 +30,16 @@ class Network:
     about: what `checkpoint.load_described` says: "workdir", "step", "hash".
   """
 
-  config: ml_collections.ConfigDict
-  model: models.SimCLR
-  variables: dict
+  config: ml_collections.ConfigDict = dataclasses.field(repr=False)
+  model: models.SimCLR = dataclasses.field(repr=False)
+  variables: dict = dataclasses.field(repr=False)
   label_names: tuple[str, ...]
   about: dict[str, Any]
 
   @property
   def channels(self) -> int:
     """Of the images: 1 or 3."""
-    return self.variables["params"]["encoder"]["stem"]["conv_1"][
-      "kernel"
-    ].shape[2]
+    return build.channels(self.variables)
 
 
 def load(workdir, *, field: str = "--checkpoint", **model_fields) -> Network:
@@ -56,7 +54,7 @@ def load(workdir, *, field: str = "--checkpoint", **model_fields) -> Network:
     **model_fields: replaces fields of `config.model`, such as conv="xla".
 
   Raises:
-    UserError: there is no checkpoint.
+    UserError: there is no checkpoint, or no such field of `config.model`.
 
   >>> net = load("runs/finetuned")
   >>> net.channels, net.label_names[:3]
@@ -70,6 +68,10 @@ def load(workdir, *, field: str = "--checkpoint", **model_fields) -> Network:
     "remat": False,
   }
   for name, value in (fields | model_fields).items():
+    if name not in config.model:
+      raise UserError(
+        f'config.model has no field "{name}"{nearest(name, list(config.model))}'
+      )
     config_lib.set_field(config, f"model.{name}", value)
   variables = jax.tree.map(
     lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, variables

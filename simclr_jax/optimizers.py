@@ -15,20 +15,17 @@ import jax.numpy as jnp
 import optax
 
 from simclr_jax.config import UserError
-from simclr_jax.train_state import norms
+from simclr_jax.train_state import norms, tensor_names
 
 Schedule = Callable[[Any], jax.Array]
 
 
 def _select(params, keep_fn):
   """Tree of bools: keep_fn(path, all_paths), paths as tuples of names."""
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  paths = [
-    tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
-    for path, _ in leaves
-  ]
+  paths = [tuple(name.split("/")) for name in tensor_names(params)]
   all_paths = frozenset(paths)
-  return structure.unflatten([keep_fn(path, all_paths) for path in paths])
+  kept = [keep_fn(path, all_paths) for path in paths]
+  return jax.tree.structure(params).unflatten(kept)
 
 
 def is_adapted(params: Any) -> Any:

@@ -68,12 +68,24 @@ def ways(config, *, num_devices: int) -> list[tuple[str, dict]]:
   return found
 
 
-def plan(config, **options) -> dict:
+def plan(
+  config,
+  *,
+  devices: int = 0,
+  memory_gib: float = 0.0,
+  peak_tflops: float = 0.0,
+  utilisation: float = 0.4,
+  images: int = 0,
+) -> dict:
   """Prints the plan of a run and returns it.
 
   Args:
     config: of a stage, as a recipe makes it.
-    **options: those of FLAGS, but for output.
+    devices: how many JAX must have here; 0: any number.
+    memory_gib: of each device, GiB; 0: not compared.
+    peak_tflops: of each device, at the run's dtype; 0: from its name.
+    utilisation: the part of the peak that training reaches, in (0, 1].
+    images: of the dataset, where it cannot be opened; 0: the dataset's own.
 
   Returns:
     `estimate`'s dict and "num_steps", "hours" (None: not known), "fits" (None:
@@ -87,7 +99,13 @@ def plan(config, **options) -> dict:
   >>> found["num_steps"]
   197
   """
-  options = FLAGS | options
+  options = {
+    "devices": devices,
+    "memory_gib": memory_gib,
+    "peak_tflops": peak_tflops,
+    "utilisation": utilisation,
+    "images": images,
+  }
   _check(options)
   num_devices = jax.device_count()
   config = config.copy_and_resolve_references().lock()
@@ -97,25 +115,23 @@ def plan(config, **options) -> dict:
   config_lib.check(config, num_devices=num_devices)
   stored = _resolve_network(config)
   build.resolve(config)
-  images, described = _images(config, options["images"])
+  images, described = _images(config, images)
   described |= stored
   num_steps = config.num_steps
   if images:
     num_steps = config_lib.num_steps(config, images)
   found = estimate(config, num_devices=num_devices, **described)
-  peak = options["peak_tflops"] or diagnostics.peak_tflops(
-    jax.devices()[0].device_kind
-  )
+  peak = peak_tflops or diagnostics.peak_tflops(jax.devices()[0].device_kind)
   hours = None
   if peak and num_steps:
-    rate = peak * 1e12 * options["utilisation"]
+    rate = peak * 1e12 * utilisation
     hours = found["flops"] * num_steps / rate / 3600
   result = found | {"num_steps": num_steps, "hours": hours, "fits": None}
-  _show(result, options, peak, on_cpu)
-  if limit := options["memory_gib"] * 2**30:
+  _show(result, utilisation, peak, on_cpu)
+  if limit := memory_gib * 2**30:
     result["fits"] = found["total"] <= limit
     result["ways"] = {}
-    print(f"  fits {options['memory_gib']:g} GiB: {_yes(result['fits'])}")
+    print(f"  fits {memory_gib:g} GiB: {_yes(result['fits'])}")
     for name, fields in (
       () if result["fits"] else ways(config, num_devices=num_devices)
     ):
@@ -200,7 +216,7 @@ def _training(config, images: int, source) -> int:
   return max(int(images * config.label_percent / 100), 1)
 
 
-def _show(result: dict, options: dict, peak: float | None, on_cpu: bool):
+def _show(result: dict, utilisation: float, peak: float | None, on_cpu: bool):
   where = jax.devices()[0].device_kind
   note = ": an estimate of what an accelerator needs" if on_cpu else ""
   print(f"plan: compiled for {where} in {result['seconds']:.0f} s{note}")
@@ -216,7 +232,7 @@ def _show(result: dict, options: dict, peak: float | None, on_cpu: bool):
   if result["hours"] is not None:
     print(
       f"  {result['num_steps']} steps take {result['hours']:.3g} hours at "
-      f"{options['utilisation']:.0%} of {peak:g} TFLOP/s"
+      f"{utilisation:.0%} of {peak:g} TFLOP/s"
     )
   elif not peak:
     print("  hours: give --peak_tflops of a device, such as 312 (A100), 989")
@@ -273,7 +289,7 @@ def _flags(argv: list[str]) -> tuple[dict, list[str]]:
       kind = type(FLAGS[name]).__name__
       raise UserError(
         f'--{name} takes {kind}, as --{name}=N; got "{text}".'
-      ) from (None)
+      ) from None
   return options, rest
 
 

@@ -27,9 +27,7 @@ from simclr_jax import (
   supcon,
 )
 from simclr_jax import config as config_lib
-from simclr_jax import (
-  metrics as metrics_lib,
-)
+from simclr_jax import metrics as metrics_lib
 from simclr_jax.config import UserError
 
 
@@ -109,7 +107,7 @@ def train_step(
 def make_model(config, *, num_classes: int):
   """The network that a resolved config says, with the probe if there is one.
 
-  >>> config = build.start(cli.load_recipe("digits", stage="pretrain"))
+  >>> config = cli.load_recipe("digits", stage="pretrain")
   >>> build.resolve(config)
   pretrain: ResNet-18 ...
   >>> make_model(config, num_classes=10).classifier.features
@@ -126,7 +124,7 @@ def make_model(config, *, num_classes: int):
 def make_step(config, model, optimizer, *, probe: bool):
   """`train_step` with everything bound that a resolved config says.
 
-  >>> config = build.start(cli.load_recipe("digits", stage="pretrain"))
+  >>> config = cli.load_recipe("digits", stage="pretrain")
   >>> build.resolve(config)
   pretrain: ResNet-18 ...
   >>> model = build.make_model(config, num_classes=None, head_layer=0)
@@ -137,7 +135,7 @@ def make_step(config, model, optimizer, *, probe: bool):
   """
   network = {
     "model": model,
-    "views_fn": build.two_views(config),
+    "views_fn": build.make_views(config),
   }
   options = {
     "temperature": config.loss.temperature,
@@ -190,7 +188,8 @@ def train_and_evaluate(config, workdir) -> dict:
   >>> result["protocol"]
   'knn'
   """
-  config, workdir = build.start(config), storage.path(workdir)
+  config = build.start(config, stage="pretrain")
+  workdir = storage.path(workdir)
   loaded = resolve_network(config)
   build.resolve(config)
   rundir.check_same(config, workdir)
@@ -202,7 +201,7 @@ def train_and_evaluate(config, workdir) -> dict:
   num_steps = config_lib.num_steps(config, len(train))
   probe = config.probe and train.num_classes > 0
   model = make_model(config, num_classes=train.num_classes)
-  build.check_views(build.two_views(config), config, train)
+  build.check_views(config, train)
   rundir.claim(config, workdir)
   if done := rundir.finished(workdir, num_steps):
     return done
@@ -246,7 +245,7 @@ def train_and_evaluate(config, workdir) -> dict:
     build.result(config, protocol="knn", metrics=metrics, num_steps=num_steps),
   )
   snapshots.save(
-    workdir, config, state, model, train, test, build.two_views(config)
+    workdir, config, state, model, train, test, build.make_views(config)
   )
   return result
 

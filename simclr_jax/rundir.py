@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from simclr_jax import config as config_lib
-from simclr_jax import parallel, storage
+from simclr_jax import hosts, storage
 from simclr_jax.config import UserError
 
 # A run may be continued with another value of these.
@@ -71,7 +71,7 @@ def claim(config, workdir) -> None:
       draft.replace(file)
       (workdir / ".nonce").unlink()
 
-  nonce = parallel.broadcast(secrets.randbelow(2**31))
+  nonce = hosts.broadcast(secrets.randbelow(2**31))
   for action in (make, check, write):  # no host is ahead by more than one
     problem = ""
     try:
@@ -81,7 +81,7 @@ def claim(config, workdir) -> None:
       problem = f"--workdir={workdir} cannot be written: {reason}."
     except UserError as error:
       problem = str(error)
-    parallel.agree(problem)
+    hosts.agree(problem)
 
 
 def _check_shared(file, nonce: int, *, seconds: float = 20) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simclr_jax import augment, cli, data, layers, losses, parallel
+from simclr_jax import augment, cli, data, hosts, layers, losses, parallel
 
 _ROWS = 4  # a device
 _FEATURES = 16
@@ -258,6 +258,6 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   ).parse_args()  # --help, and no other flag
   cli.setup()
-  with parallel.together():
+  with hosts.together():
     code = main()
   sys.exit(code)

@@ -19,9 +19,13 @@ _BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 def path(workdir) -> epath.Path:
   """A run's directory as it was given, with `~` for the home expanded.
 
+  Raises:
+    UserError: it is empty.
+
   >>> path("~/runs/mine").is_absolute(), str(path("gs://bucket/mine"))
   (True, 'gs://bucket/mine')
   """
+  _need_name(workdir)
   return epath.Path(workdir).expanduser()
 
 
@@ -29,11 +33,13 @@ def root(workdir) -> epath.Path:
   """A run's directory as an absolute path, or one in a bucket.
 
   Raises:
-    UserError: the package for this kind of bucket is not installed.
+    UserError: it is empty, or the package for this kind of bucket is not
+      installed.
 
   >>> root("runs/mine").is_absolute()
   True
   """
+  _need_name(workdir)
   scheme, separator, _ = str(workdir).partition("://")
   if not separator:  # Orbax notices a relative path only in its writing thread
     return epath.Path(Path(workdir).expanduser().absolute())
@@ -46,6 +52,11 @@ def root(workdir) -> epath.Path:
       f'"simclr_jax[{extra}]"'
     )
   return epath.Path(workdir)
+
+
+def _need_name(workdir) -> None:
+  if not str(workdir):  # would be the current folder
+    raise UserError("the run's directory is empty; name a folder.")
 
 
 @contextlib.contextmanager

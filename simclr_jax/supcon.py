@@ -5,7 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.losses import Metrics, l2_normalize
+from simclr_jax.losses import (
+  Metrics,
+  check_labels,
+  check_pairs,
+  l2_normalize,
+)
 
 
 def supervised_contrastive(
@@ -37,6 +42,9 @@ def supervised_contrastive(
     "contrastive_accuracy", of view 1: whether the nearest of the N embeddings
     of view 2 is a positive.
 
+  Raises:
+    UserError: arrays of other shapes.
+
   >>> z = jax.random.normal(jax.random.key(0), (8, 16))
   >>> loss, metrics = supervised_contrastive(
   ...   z, z, jnp.arange(8) % 2, temperature=0.1
@@ -44,6 +52,8 @@ def supervised_contrastive(
   >>> metrics["contrastive_accuracy"].item()
   1.0
   """
+  check_pairs(z1, z2)
+  check_labels(labels, len(z1))
   n, features = z1.shape
   z = jnp.stack([z1, z2]).astype(jnp.promote_types(z1.dtype, jnp.float32))
   if normalize:

@@ -11,7 +11,7 @@ class Watchdog:
 
   A thread of its own, because the main one is what hangs. It prints once for
   each phase that lasts too long, and stops nothing: a collective that waits for
-  a dead host is ended by JAX (see `parallel.HEARTBEAT_SECONDS`).
+  a dead host is ended by JAX (see `hosts.HEARTBEAT_SECONDS`).
 
   Example:
     >>> with Watchdog(minutes=10) as watchdog:

@@ -236,6 +236,14 @@ def test_amounts_belong_to_their_images():
     close(one, np.asarray(together[i, j]), 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (3,), (5, 2)])
+def test_amounts_of_another_shape_are_refused(shape):
+  with pytest.raises(ValueError, match="broadcast"):
+    augment.adjust_brightness(
+      np.ones((2, 4, 4, 3), np.float32), jnp.ones(shape)
+    )
+
+
 def test_wide_blur_crosses_blocks():
   """Images larger than a block of the band, and smaller than the kernel."""
   for rows, columns, size in ((130, 70, 23), (5, 4, 23), (64, 65, 3)):
@@ -326,6 +334,26 @@ def test_examples(module):
     assert result.attempted
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_pixels_without_colour_have_values_and_gradients(value, dtype):
+  images = jnp.full((2, 4, 4, 3), value, dtype)
+  for fn in (augment.adjust_saturation, augment.adjust_hue):
+    np.testing.assert_allclose(fn(images, 0.4), images)
+    gradient = jax.grad(lambda x, fn=fn: fn(x, 0.4).astype(float).sum())
+    assert np.isfinite(gradient(images)).all()
+
+
+def test_sizes_end_at_the_canvas():
+  images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+  key, beyond = jax.random.key(1), jnp.full((2, 2), 40)
+  for fn in (
+    lambda sizes: augment.two_views(key, images, sizes=sizes, size=8),
+    lambda sizes: augment.eval_view(images, sizes=sizes, size=8),
+  ):
+    np.testing.assert_array_equal(fn(beyond), fn(None))
+
+
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 
 
@@ -335,6 +363,16 @@ IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
     (lambda: augment.to_grayscale(IMAGES[0, 0]), "images have shape"),
     (lambda: augment.eval_view(IMAGES.astype(np.int32), size=4), "are int32"),
     (lambda: augment.eval_view(IMAGES, size=0), "size is 0"),
+    (
+      lambda: augment.eval_view(IMAGES, size=4, dtype=jnp.uint8),
+      "uint8; views",
+    ),
+    (
+      lambda: augment.two_views(
+        jax.random.key(0), IMAGES, size=4, dtype=jnp.int32
+      ),
+      "int32; views",
+    ),
     (lambda: augment.eval_view(IMAGES, size=(4, 4, 3)), "size is"),
     (lambda: augment.eval_view(IMAGES, size=4, crop=1.5), "crop is 1.5"),
     (

@@ -116,9 +116,18 @@ def test_products_are_as_exact_as_the_views(dtype, precision):
   assert len(found) >= 4 and set(found) == {(precision, precision)}
 
 
-@pytest.mark.parametrize("stage_views", [build.two_views, build.crop_flip])
-def test_views_are_of_the_networks_type(stage_views):
-  config = cli.load_recipe("digits", stage="pretrain")
+@pytest.mark.parametrize(
+  "stage, views_fn",
+  [
+    ("pretrain", augment.two_views),
+    ("finetune", augment.crop_flip),
+    ("distill", augment.crop_flip),
+  ],
+)
+def test_views_are_the_stages_in_the_networks_type(stage, views_fn):
+  config = cli.load_recipe("digits", stage=stage)
   for dtype in ("float32", "bfloat16"):
     config.model.dtype = dtype
-    assert stage_views(config).keywords["dtype"] == jnp.dtype(dtype)
+    made = build.make_views(config)
+    assert made.func is views_fn
+    assert made.keywords["dtype"] == jnp.dtype(dtype)

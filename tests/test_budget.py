@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from simclr_jax import data, datasets, parallel
+from simclr_jax import data, datasets, hosts
 from simclr_jax.data import memory
 from simclr_jax.datasets import checking
 from simclr_jax.sources import make_source
@@ -77,7 +77,7 @@ CASES = {
 
 def open_all(output):
   """Writes how this process opens the test set in each of the cases."""
-  parallel.initialize()
+  hosts.initialize()
   index, found = jax.process_index(), {}
   for name, (processes, _) in CASES.items():
     host, sets = processes[index]

@@ -43,6 +43,11 @@ def test_fields_are_typed_by_the_recipe():
   assert config.probe is False
 
 
+def test_a_stage_that_is_none():
+  with pytest.raises(UserError, match='stage is "nope"; expected one of pretr'):
+    cli.load_recipe("digits", stage="nope")
+
+
 def test_a_recipe_of_ones_own(tmp_path):
   file = tmp_path / "mine.py"
   file.write_text(
@@ -120,7 +125,7 @@ def test_help_names_the_recipes_file(capsys):
 def test_setup_keeps_short_compilations_too(monkeypatch):
   name = "jax_persistent_cache_min_compile_time_secs"
   monkeypatch.setattr(cli.cpu_backend, "is_expected", lambda: False)
-  monkeypatch.setattr(cli.parallel, "initialize", lambda: None)
+  monkeypatch.setattr(cli.hosts, "initialize", lambda: None)
   monkeypatch.delenv(name.upper(), raising=False)
   found = {}
   monkeypatch.setattr(cli.jax.config, "update", found.__setitem__)

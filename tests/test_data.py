@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from simclr_jax import build, cli, data, parallel
+from simclr_jax import build, cli, data, hosts
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 from simclr_jax.data.scan import with_listed_labels
@@ -546,7 +546,7 @@ def test_a_file_of_ids_needs_ids(tmp_path):
 
 def quarter_epoch(data_dir, output):
   """Hashes of the rows of a quarter epoch: of this process, as it trains."""
-  parallel.initialize()
+  hosts.initialize()
   config = cli.load_recipe("cifar10", stage="pretrain")
   fields = {"data.data_dir": data_dir, "data.eval_split": ""}
   # Streamed: a quarter of the images is decoded, not all.

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax import losses, metrics
+from simclr_jax import losses, metrics, supcon
+from simclr_jax.config import UserError
 
 
 def normal(name, shape):
@@ -430,3 +431,46 @@ def test_distillation_teaches_the_student_only():
   # The teacher's own logits are where the gradient vanishes.
   to_student, _ = grad_fn(teacher, teacher, 0.5)[1]
   np.testing.assert_allclose(to_student, 0, atol=1e-15)
+
+
+# -- mistakes -----------------------------------------------------------------
+
+ROWS = np.ones((4, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda f: f(ROWS[None], ROWS[None]), "expected \\[n, D\\] of both"),
+    (lambda f: f(ROWS, ROWS[:1]), "shapes \\(4, 8\\) and \\(1, 8\\)"),
+    (lambda f: f(ROWS[:0], ROWS[:0]), "n at least 1"),
+    (lambda f: f(ROWS, ROWS, block_size=0), "block_size is 0"),
+    (lambda f: f(ROWS, ROWS, temperature=0.0), "temperature is 0.0"),
+    (lambda f: f(ROWS, ROWS, temperature=float("nan")), "temperature is nan"),
+  ],
+)
+def test_mistakes_of_nt_xent(call, message):
+  def nt_xent(z1, z2, *, temperature=0.1, **options):
+    return losses.nt_xent(z1, z2, temperature=temperature, **options)
+
+  with pytest.raises(UserError, match=message):
+    call(nt_xent)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (3,)])
+def test_there_is_a_label_a_row(shape):
+  labels = np.zeros(shape, np.int32)
+  for call in (
+    lambda: losses.supervised_loss(ROWS, labels),
+    lambda: losses.labelled_mean(ROWS[:, 0], labels),
+    lambda: supcon.supervised_contrastive(ROWS, ROWS, labels, temperature=1.0),
+  ):
+    with pytest.raises(UserError, match="expected \\(4,\\), one a row"):
+      call()
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 1), (8,)])
+def test_a_teacher_of_another_shape(shape):
+  """They would broadcast."""
+  with pytest.raises(UserError, match="expected the same"):
+    losses.distillation_loss(ROWS, np.ones(shape), temperature=1.0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from simclr_jax import metrics
+from simclr_jax.config import UserError
 
 # One program each instead of one an operation.
 alignment = jax.jit(metrics.alignment)
@@ -86,6 +87,17 @@ def test_metrics_of_bfloat16_are_float32_and_finite_for_zeros():
   for value in values:
     assert value.dtype == jnp.float32
     assert np.isfinite(value)
+
+
+def test_gradients_at_rows_of_zeros_are_finite():
+  zeros = jnp.zeros((4, 3))
+  for fn in (lambda z: metrics.alignment(z, z + 1), metrics.uniformity):
+    assert np.isfinite(jax.grad(lambda z, fn=fn: fn(z).sum())(zeros)).all()
+
+
+def test_uniformity_needs_a_pair():
+  with pytest.raises(UserError, match="z has 1 rows; expected at least 2"):
+    metrics.uniformity(jnp.ones((1, 3)))
 
 
 def test_top_k_correct():

@@ -16,6 +16,7 @@ from simclr_jax import (
   distill,
   finetune,
   loop,
+  network,
   pretrain,
 )
 from simclr_jax.config import UserError, flat, set_field
@@ -247,6 +248,40 @@ def test_a_workdir_of_another_run_is_refused_before_data_is_read(
     run(pretrain, "digits,width=0.0625", folder / "pretrain", **fields)
   with pytest.raises(UserError, match="holds a pretrain run, this is finetune"):
     run(finetune, "digits", folder / "pretrain")
+
+
+@pytest.mark.parametrize(
+  "config, found",
+  [
+    (cli.load_recipe("digits", stage="finetune"), "finetune"),
+    ({"seed": 0}, "None"),
+    ("digits", "str"),
+    (None, "NoneType"),
+  ],
+)
+def test_a_config_of_another_stage(config, found, tmp_path):
+  with pytest.raises(
+    UserError, match=f"no config of pretrain, but of {found};"
+  ):
+    pretrain.train_and_evaluate(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_has_a_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for stage in (pretrain, finetune, distill):
+    with pytest.raises(UserError, match="directory is empty; name a folder"):
+      run(stage, "digits", "")
+  with pytest.raises(UserError, match="directory is empty; name a folder"):
+    checkpoint.load("")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_network_names_its_fields_and_prints_in_a_line(runs):
+  folder, _ = runs
+  with pytest.raises(UserError, match='"dtpye"; did you mean "dtype"'):
+    network.load(folder / "finetune", dtpye="bfloat16")
+  assert len(repr(network.load(folder / "finetune"))) < 500
 
 
 def test_a_config_lacks_fields(tmp_path):

@@ -123,6 +123,8 @@ def _check_batch(images, index, sizes):
     raise UserError(f"index has shape {index.shape}; expected ({n},)")
   if sizes.shape not in ((n, 2), (2,)):
     raise UserError(f"sizes has shape {sizes.shape}; expected ({n}, 2)")
+  # No image is larger than its canvas: beyond it there is nothing to weigh.
+  sizes = jnp.minimum(sizes, jnp.asarray(images.shape[1:3]))
   return index, jnp.broadcast_to(sizes, (n, 2))
 
 
@@ -145,6 +147,7 @@ def _make(
   dtype,
 ):
   """[views * n, H, H, C] of the dtype."""
+  pixels.need_floating(dtype)
   _check_probabilities(flip_probability=flip_probability)
   wide = jnp.promote_types(dtype, jnp.float32)
   made = views.make_views(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from simclr_jax.augment import pixels
 
-# Only keeps 0 / 0 out of pixels without colour.
-TINY = 1e-30
+# Keeps 0 / 0 out of pixels without colour, and its square out of their
+# gradients: 1e-36 is still a float32.
+TINY = 1e-18
 
 
 def _extremes(planes):
@@ -140,9 +141,13 @@ def in_order(planes, amounts, times):
 
 @functools.partial(jax.jit, static_argnames="fn", inline=True)
 def _on_planes(fn, images, *amounts):
-  planes = [images[..., c] for c in range(images.shape[-1])]
-  amounts = [jnp.asarray(a, images.dtype)[..., None, None] for a in amounts]
-  return jnp.stack(fn(planes, *amounts), axis=-1)
+  wide = jnp.promote_types(images.dtype, jnp.float32)
+  planes = [images[..., c].astype(wide) for c in range(images.shape[-1])]
+  amounts = [
+    jnp.broadcast_to(jnp.asarray(a, wide), images.shape[:-3])[..., None, None]
+    for a in amounts
+  ]
+  return jnp.stack(fn(planes, *amounts), axis=-1).astype(images.dtype)
 
 
 def adjust_brightness(images, factor):

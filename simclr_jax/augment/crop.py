@@ -332,7 +332,9 @@ def eval_view(images, *, size, sizes=None, crop=None, dtype=None):
     crop = EVAL_CROP if max(height, width) > 32 else 1.0
   if not 0 < crop <= 1:
     raise UserError(f"crop is {crop}; expected a part in (0, 1], such as 0.875")
-  sizes = jnp.asarray(images.shape[-3:-1] if sizes is None else sizes)
+  pixels.need_floating(dtype)
+  canvas = jnp.asarray(images.shape[-3:-1])
+  sizes = canvas if sizes is None else jnp.minimum(jnp.asarray(sizes), canvas)
   boxes = _central_boxes(sizes, size=(height, width), crop=float(crop))
   images = crop_and_resize(images, boxes, size=(height, width))
   return jnp.clip(images, 0, 1).astype(dtype)

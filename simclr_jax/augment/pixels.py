@@ -29,6 +29,15 @@ def to_float(images, dtype=None):
   return images.astype(dtype or images.dtype)
 
 
+def need_floating(dtype):
+  """For views, which lie between 0 and 1."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise UserError(
+      f"dtype is {jnp.dtype(dtype)}; views are floats in [0, 1]: take "
+      "jnp.float32 or jnp.bfloat16"
+    )
+
+
 def need_rgb(images, name):
   """For the ops that only three channels have."""
   if images.shape[-1] != 3:

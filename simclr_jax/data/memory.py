@@ -40,11 +40,11 @@ class Dataset:
       None where damage is an error.
   """
 
-  images: np.ndarray
-  sizes: np.ndarray
-  labels: np.ndarray
+  images: np.ndarray = dataclasses.field(repr=False)
+  sizes: np.ndarray = dataclasses.field(repr=False)
+  labels: np.ndarray = dataclasses.field(repr=False)
   label_names: tuple[str, ...]
-  replaced: np.ndarray | None = None
+  replaced: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
   @property
   def num_classes(self) -> int:
