@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from simclr_jax import config as config_lib
-from simclr_jax import cpu_backend, errors, hosts
+from simclr_jax import cpu_backend, errors, hosts, malloc
 from simclr_jax.config import UserError
 
 STAGES = ("pretrain", "finetune", "distill")
@@ -69,8 +69,8 @@ def setup() -> None:
   """
   if cpu_backend.is_expected():
     cpu_backend.set_flags()
-    if cpu_backend.keep_freed_memory():
-      cpu_backend.fill_holes_after_compiling()
+    if malloc.keep_freed_memory():
+      malloc.fill_holes_after_compiling()
   hosts.initialize()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = Path.home() / ".cache" / "simclr_jax" / "xla"

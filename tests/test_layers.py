@@ -38,6 +38,7 @@ LAYERS = (
       "hosts",
       "logs",
       "losses",
+      "malloc",
       "metrics",
       "optimizers",
       "parallel",
