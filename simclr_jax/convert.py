@@ -50,7 +50,8 @@ def from_tensorflow(
   """Maps official variables onto this project's; every one is used or named.
 
   Encoder, projection head (of any number of layers, or none) and classifier (if
-  there is one) are taken; what `tf_names.select` leaves out is no network's.
+  there is one) are taken. `tf_names.select` drops what is not part of the
+  network.
 
   Args:
     variables: TF1 name, such as "base_model/conv2d_1/kernel", or TF2 object

@@ -1,10 +1,10 @@
 """A 2-D convolution for XLA's CPU backend, with gradients of its own.
 
 XLA is slow at maps no larger than the kernel, at 1x1 kernels and at input
-gradients with strides on small maps; these are matrix products here. It is slow
-at filter gradients where it transposes images while it computes them; they are
-computed first here (`benchmarks/cpu_conv.py`). Accelerators never see this
-file. The choice depends on static shapes only.
+gradients with strides on small maps; these are matrix products here. XLA's
+filter gradient is slow when it has to transpose an operand that it is still
+computing; here the operand is computed first (`benchmarks/cpu_conv.py`).
+Accelerators never see this file. The choice depends on static shapes only.
 """
 
 import functools
@@ -84,7 +84,7 @@ def conv_general_dilated(
   if min(*lhs.shape, *rhs.shape, *out) < 1:
     return fallback()
   if kernel == (1, 1) and pads == ((0, 0), (0, 0)):
-    # Of two axes each: XLA would transpose images for the gradient of more.
+    # Two-axis operands: for more axes XLA transposes images in the gradient.
     pixels = lhs[:, :: strides[0], :: strides[1]].reshape(-1, rhs.shape[2])
     return (pixels @ rhs[0, 0]).reshape(len(lhs), *out, -1)
   area = size[0] * size[1]
@@ -132,7 +132,7 @@ _conv.defvjp(
 
 
 def _strided_input_gradient(dy, w, shape, strides, pads):
-  """As one product, whose taps are spread and added."""
+  """One product gives all taps; each is spread by the strides, then added."""
   taps = (dy @ w.reshape(-1, w.shape[3]).T).reshape(
     *dy.shape[:3], -1, w.shape[2]
   )
@@ -151,11 +151,11 @@ def _strided_input_gradient(dy, w, shape, strides, pads):
 def _filter_gradient(x, dy, shape, strides, pads):
   """XLA's own convolution, of operands that are in memory before transposing.
 
-  It sums over the images, so it wants them as channels. XLA's transposing of
-  what is still to be computed (a normalisation, say) takes up to ten times as
-  long as computing it and transposing the result. A call that is not inlined
-  keeps the two apart; an optimization barrier does not on CPUs, it goes before
-  operations are fused.
+  It sums over the images, so these take the place of the channels. Where an
+  operand is still to be computed (a normalisation, say), XLA's transposing of
+  it takes up to ten times as long as computing it and transposing the result. A
+  call that is not inlined keeps the two apart; an optimization barrier does
+  not, because on CPUs XLA removes it before it fuses operations.
   """
   with set_xla_metadata(inlineable="false"):
     x = _transpose(x, (3, 1, 2, 0))  # [c, h, w, n]

@@ -126,10 +126,10 @@ def _about(text) -> dict:
 
 
 def read_to_fit(path, test_path="") -> list[Features]:
-  """Reads one file or two, numbered by the classes of their datasets alone.
+  """Reads one file or two, and renumbers labels to their datasets' classes.
 
-  `embed` numbers by the classes of the network's classifier first. Here these
-  are left out, as they are where a run is evaluated; and so are predictions,
+  `embed` numbers the classes of the network's classifier first. Here only the
+  datasets' own are left, as where a run is evaluated. Predictions are left out
   where the classifier lacks a class of the dataset.
 
   Args:

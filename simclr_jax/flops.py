@@ -17,9 +17,9 @@ def count(fn, *args) -> float:
     fn: what JAX can trace; a mapped function counts for one device.
     *args: arrays, or their ShapeDtypeStructs.
 
-  Loops count as often as they run, while loops once (how often is not known),
-  of branches the dearest. Zeros that pad images count, those that strides put
-  between pixels do not.
+  A scan counts once an iteration, a while loop once (its length is unknown), a
+  cond as its dearest branch. Zeros that pad images count, those that a strided
+  gradient puts between pixels do not.
 
   >>> import jax.numpy as jnp
   >>> count(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 4)))

@@ -1,16 +1,16 @@
 """A 2-D convolution for GPUs, with a form of its own for the stem's 7x7.
 
-cuDNN's kernels are slow where there are three channels. Four neighbouring
-pixels as one of four times the channels (space to depth) make a 4x4 convolution
-of stride 1 of it, the same sums, in 5 ms in place of 11.5 on an H200 (1,024
-images of 224 pixels, forward and filter gradient).
+cuDNN's kernels are slow where there are three channels. Space to depth: 2x2
+pixels become one with four times the channels, and the 7x7 convolution of
+stride 2 a 4x4 one of stride 1 with the same sums, in 5 ms in place of 11.5 on
+an H200 (1,024 images of 224 pixels, forward and filter gradient).
 """
 
 import jax.numpy as jnp
 from jax import lax
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-# Filled up with zeros to this many, 0.5 ms each way: tensor cores take eights.
+# After space to depth, zero-padded: tensor cores work on multiples of 8.
 CHANNELS = 16
 
 
@@ -59,7 +59,7 @@ def _folded(x, kernel, padding):
     x.shape[1:3], kernel.shape[:2], padding, strict=True
   ):
     num_out = (size + low + high - taps) // 2 + 1
-    needed = 2 * (num_out - 1) + taps + taps % 2  # the kernel gets even
+    needed = 2 * (num_out - 1) + taps + taps % 2  # the kernel is made even
     pads.append((low, needed - size - low, 0))
   more = 0, CHANNELS // 4 - x.shape[3], 0
   zero = jnp.zeros((), x.dtype)

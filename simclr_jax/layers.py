@@ -56,7 +56,8 @@ def batch_norm(
 class _GivenParams:
   """Takes parameters of the right shape as they are.
 
-  Flax traces the initializer of each, to compare shapes: a tenth of a start.
+  Flax traces every initializer just to compare shapes, a tenth of the start-up
+  time.
   """
 
   def param(self: Any, name, init, shape, *args, **kwargs):
@@ -120,8 +121,8 @@ def _normalized(x, scale, bias, shortcut, relu, axis_name, groups):
   """(`BatchNorm`'s output, (mean, variance)), the moments without a gradient.
 
   The gradient is that of Ioffe and Szegedy (2015), section 3, its sums over all
-  devices. XLA for GPUs passes over the images seven times for the one that JAX
-  finds, and stores what the ReLU lets through; for this one five times.
+  devices. For the gradient that JAX derives, XLA for GPUs passes over the
+  images seven times and stores what the ReLU lets through; for this one, five.
   """
   return _forward(x, scale, bias, shortcut, relu, axis_name, groups)[0]
 
@@ -141,8 +142,8 @@ def _backward(relu, axis_name, groups, residuals, gradients):
   x, y, mean, inverse, scale, bias = residuals
   axes, factor = tuple(range(x.ndim - 1)), scale * inverse
 
-  def passed(x, y, grad):
-    """(x - mean, what the ReLU lets through), both wide."""
+  def centred(x, y, grad):
+    """(x - mean, the gradient that the ReLU lets through), both wide."""
     away = x.astype(mean.dtype) - mean
     if relu:
       # Without a shortcut the same as y > 0, and y need not be read.
@@ -150,20 +151,21 @@ def _backward(relu, axis_name, groups, residuals, gradients):
       grad = jnp.where(is_open, grad, 0)
     return away, grad.astype(mean.dtype)
 
-  # Read and computed anew for the sums and for the result: what XLA for GPUs
-  # takes from an earlier pass, it writes there.
+  # Recomputed in each of the two passes: whatever XLA for GPUs shares between
+  # passes it stores to memory, which costs more than reading x again.
   x, y, grad = _afresh((x, y, gradients[0]))
-  away, let = passed(x, y, grad)
-  d_bias, along = _sums(let, let * away, axes)
+  away, open_grad = centred(x, y, grad)
+  d_bias, d_factor = _sums(open_grad, open_grad * away, axes)
   count = x.size // x.shape[-1]
-  means = _over_devices((d_bias, along), axis_name, groups)
+  means = _over_devices((d_bias, d_factor), axis_name, groups)
   if y is None:
     x, grad, means = _afresh((x, grad, means))
-    away, let = passed(x, None, grad)
-  mean_let, mean_along = (m / count for m in means)
-  d_x = factor * (let - mean_let - away * (jnp.square(inverse) * mean_along))
-  d_shortcut = None if y is None else let.astype(y.dtype)
-  return d_x.astype(x.dtype), along * inverse, d_bias, d_shortcut
+    away, open_grad = centred(x, None, grad)
+  mean_d_bias, mean_d_factor = (m / count for m in means)
+  slope = jnp.square(inverse) * mean_d_factor
+  d_x = factor * (open_grad - mean_d_bias - away * slope)
+  d_shortcut = None if y is None else open_grad.astype(y.dtype)
+  return d_x.astype(x.dtype), d_factor * inverse, d_bias, d_shortcut
 
 
 _normalized.defvjp(_forward, _backward)
@@ -185,9 +187,10 @@ def _afresh(arrays):
 
 
 def _sums(a, b, axes):
-  """The sum of each; XLA for GPUs reads what both need once for one reduction.
+  """The sums of a and of b.
 
-  Two are faster on CPUs.
+  As one reduction, XLA for GPUs reads their common inputs once; two reductions
+  are faster on CPUs.
   """
 
   def together(a, b):
@@ -201,7 +204,8 @@ def _sums(a, b, axes):
   return _on_gpus(together, apart, a, b)
 
 
-# Flax traces it for every kernel of every trace; jitted, once a shape.
+# Flax traces it for every kernel of every trace; jitted, it is traced once for
+# each shape.
 _kernel_init = jax.jit(
   nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
   static_argnums=(1, 2),

@@ -112,10 +112,10 @@ def lars(
 def _scale_by_trust_ratio(
   trust_coefficient: float,
 ) -> optax.GradientTransformation:
-  """`optax.scale_by_trust_ratio` with one look at each tensor.
+  """`optax.scale_by_trust_ratio` that reads each tensor once.
 
   Optax's reads each of them twice, so that its norms have gradients at 0, and
-  works out the ratios one by one, which are as many programs of one number.
+  computes each ratio in a kernel of its own.
   """
 
   def update_fn(updates, state, params):

@@ -1,8 +1,8 @@
 """The stem's max-pool, with a gradient that gathers.
 
-JAX's gradient scatters: on GPUs by atomic additions, whose order is another
-each time, on CPUs four times as slow. TPUs have an instruction for it and keep
-it: gathering would move three times the bytes there.
+JAX's gradient scatters: on GPUs by atomic additions, whose order varies from
+run to run, on CPUs four times as slowly. TPUs have an instruction for it and
+keep it: gathering would move three times the bytes there.
 """
 
 import functools
@@ -24,7 +24,7 @@ def max_pool(x, padding):
 
   Args:
     x: floats [n, H, W, C].
-    padding: ((low, high), (low, high)) pixels that are less than all.
+    padding: ((low, high), (low, high)) in pixels; they count as -inf.
 
   Returns:
     [n, h, w, C], h = (H + low + high - 3) // 2 + 1 and w likewise.
@@ -50,12 +50,12 @@ def _plain(x, padding):
 
 
 def _with_place(x, padding):
-  """(The largest pixels, which of its window's each is, row by row)."""
+  """(Each window's largest pixel, its number there, counted row by row)."""
   config = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
   padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), config)
   n, *sides, channels = padded.shape
   counts = [(side - WINDOW) // STRIDE + 1 for side in sides]
-  largest, place = None, None  # of the pixels so far, the number of the largest
+  largest, place = None, None  # of the pixels so far
   for number, start in enumerate(np.ndindex(WINDOW, WINDOW)):
     stops = [
       a + STRIDE * (c - 1) + 1 for a, c in zip(start, counts, strict=True)
@@ -88,9 +88,9 @@ def _gathered(x, place, grad, padding):
   halves = [-(-side // STRIDE) for side in shape[1:3]]
 
   def windows(axis, parity):
-    """Pixel 2 c + parity in each of its windows w: (which it is, w - c).
+    """For each window w with pixel 2 c + parity: (its number there, w - c).
 
-    Window w begins at pixel 2 w - low.
+    Window w begins at pixel 2 w - low, so that both are the same for all c.
     """
     for number in range(WINDOW):
       ahead = parity + padding[axis][0] - number
@@ -104,7 +104,7 @@ def _gathered(x, place, grad, padding):
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
 
   def part(parities):
-    """Of the pixels of these parities: [n, half of H, half of W, C]."""
+    """The gradient at every other pixel: [n, half of H, half of W, C]."""
     total = jnp.zeros((), wide)
     for i, down in windows(0, parities[0]):
       for j, across in windows(1, parities[1]):

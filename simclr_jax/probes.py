@@ -19,13 +19,12 @@ from simclr_jax.config import UserError
 _BLOCK_NUMBERS = 2**27
 
 
-def top_k(logits, labels, *, weights=None) -> dict[str, float]:
+def top_k(logits, labels) -> dict[str, float]:
   """Accuracy of logits [m, num_classes] for labels int [m].
 
   Args:
     logits: scores of any kind, higher is better.
     labels: rows with -1 do not count.
-    weights: [m]; 0 for a row that fills up the last batch, else 1.
 
   Returns:
     {"top1": .., "top5": ..}.
@@ -38,8 +37,6 @@ def top_k(logits, labels, *, weights=None) -> dict[str, float]:
   """
   labels = np.asarray(labels)
   counted = labels >= 0
-  if weights is not None:
-    counted = counted & (np.asarray(weights) > 0)
   if not counted.any():
     raise UserError("there is no labelled image to evaluate on.")
   logits, labels = jnp.asarray(logits), jnp.asarray(labels)

@@ -25,8 +25,9 @@ _EMA = "ema_model/"
 _OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
 # Optimizer slots, counters, the memory bank of the paper's runs, TF2's graph.
 _NOT_THE_NETWORK = (
-  r"/(Momentum|Adam(_1)?)$|^beta\d_power$|\.OPTIMIZER_SLOT|(^|/)optimizer/|(^|/)memory(_\w+)?(/|$)"
-  r"|^global_step|^save_counter|^_CHECKPOINTABLE_OBJECT_GRAPH$"
+  r"/(Momentum|Adam(_1)?)$|^beta\d_power$|\.OPTIMIZER_SLOT|(^|/)optimizer/"
+  r"|(^|/)memory(_\w+)?(/|$)|^global_step|^save_counter"
+  r"|^_CHECKPOINTABLE_OBJECT_GRAPH$"
 )
 # Where object paths would not sort into the order of construction.
 _RANKS = {
@@ -213,7 +214,8 @@ def head(named) -> dict:
   num_layers = max((int(layer[1]) + 1 for layer in layers if layer), default=0)
   dim = size(f"head_contrastive/nl_{num_layers - 1}/dense/kernel", -1) or 128
   classifier = "head_supervised/linear_layer/dense/kernel"
-  # All inputs of the classifier are as wide as h, but for the output of g.
+  # Every layer that a classifier may sit on is as wide as h, except the head's
+  # output.
   on_output = num_layers and size(classifier, 0) == dim
   return {
     "num_layers": num_layers,

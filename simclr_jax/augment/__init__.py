@@ -123,7 +123,7 @@ def _check_batch(images, index, sizes):
     raise UserError(f"index has shape {index.shape}; expected ({n},)")
   if sizes.shape not in ((n, 2), (2,)):
     raise UserError(f"sizes has shape {sizes.shape}; expected ({n}, 2)")
-  # No image is larger than its canvas: beyond it there is nothing to weigh.
+  # No image is larger than its canvas: outside it there are no pixels.
   sizes = jnp.minimum(sizes, jnp.asarray(images.shape[1:3]))
   return index, jnp.broadcast_to(sizes, (n, 2))
 
@@ -156,7 +156,8 @@ def _make(
     draws["flip"][..., 0] < flip_probability,
     steps,
     size=pixels.height_width(size),
-    # Half of the bits are lost in the end: the matrix units' 10 will do.
+    # A 16-bit view keeps at most 11 bits, so products of 10 bits (TF32) are
+    # exact enough.
     precision="highest" if dtype == wide else "high",
   )
   return made.astype(dtype)

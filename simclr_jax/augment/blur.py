@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from simclr_jax.augment import pixels
 from simclr_jax.config import UserError
 
-# Rows that share a slice of the band, since a whole one multiplies zeros. On
-# accelerators slicing costs more than the zeros do (two views: 5.2 and 4.7 ms).
+# Rows that share a slice of the band: products with the whole band are mostly
+# of zeros. On accelerators slicing costs more than the zeros do (two views: 5.2
+# ms and 4.7).
 BLOCK = 64
 
 

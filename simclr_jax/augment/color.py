@@ -37,7 +37,10 @@ def contrast(planes, factor):
 
 
 def saturation(planes, factor):
-  """S * factor cut at 1: scales V - x of each channel, V and hue stay."""
+  """S becomes min(S * factor, 1).
+
+  Each channel's distance from V is scaled; V and hue stay.
+  """
   high, low = _extremes(planes)
   limit = jnp.maximum(high / jnp.maximum(high - low, TINY), 0)
   scale = jnp.minimum(limit, factor)

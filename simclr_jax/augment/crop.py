@@ -158,8 +158,8 @@ def resampling_matrix(start, length, flip, *, num_in, num_out, dtype):
   return _weights(source, jnp.arange(num_in, dtype=dtype), start, length)
 
 
-def is_large(images, size) -> bool:
-  """Whether a CPU crops these images [n, S, T, C] faster with `rows_of`."""
+def rows_are_faster(images, size) -> bool:
+  """Whether a CPU crops images [n, S, T, C] faster by `rows_of`: large ones."""
   return images.shape[1] * size[1] >= 64 * 64
 
 
@@ -180,7 +180,7 @@ def crop_planes(images, boxes, flips, *, size):
     images,
     boxes.astype(images.dtype),
     flips,
-    cpu=by_rows if is_large(images, size) else products,
+    cpu=by_rows if rows_are_faster(images, size) else products,
     default=products,
   )
 
@@ -268,7 +268,7 @@ def crop_and_resize(images, boxes, *, size):
   size = pixels.height_width(size)
   images = pixels.to_float(images)
   dtype, lead = images.dtype, images.shape[:-3]
-  # Positions of pixels beyond 256 are none of bfloat16's numbers.
+  # bfloat16 cannot represent every pixel position above 256.
   images = images.astype(jnp.promote_types(dtype, jnp.float32))
   boxes = jnp.broadcast_to(jnp.asarray(boxes), (*lead, 4)).reshape(-1, 1, 4)
   views = crop_planes(
