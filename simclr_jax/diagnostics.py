@@ -13,7 +13,8 @@ from simclr_jax import metrics
 from simclr_jax.train_state import group_of
 
 # Dense bfloat16 (float16 where there is none) per JAX device, in TFLOP/s, from
-# the makers' data sheets; a device's name has the key as words in it.
+# the makers' data sheets; a device's name has the key as words in it. JAX sees
+# two devices on a chip of TPU v2, v3 and 7x.
 PEAK_TFLOPS = {
   "TPU v2": 22.5,
   "TPU v3": 61.5,
@@ -22,13 +23,17 @@ PEAK_TFLOPS = {
   "TPU v5": 459,
   "TPU v5p": 459,
   "TPU v6": 918,
+  "TPU7x": 1153.5,
   "V100": 125,
   "T4": 65,
   "A100": 312,
   "L4": 121,
+  "L40S": 362,
   "H100": 989,
   "H200": 989,
+  "GH200": 989,
   "B200": 2250,
+  "GB200": 2500,
 }
 
 

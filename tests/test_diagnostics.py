@@ -172,7 +172,14 @@ def test_peaks_are_of_the_longest_name():
   assert diagnostics.peak_tflops("TPU v5 lite") == 197
   assert diagnostics.peak_tflops("TPU v5p") == 459
   assert diagnostics.peak_tflops("NVIDIA H100 80GB HBM3") == 989
-  assert diagnostics.peak_tflops("NVIDIA L40S") is None
+  assert diagnostics.peak_tflops("NVIDIA L4") == 121
+  assert diagnostics.peak_tflops("NVIDIA L40S") == 362
+  assert diagnostics.peak_tflops("NVIDIA GH200 480GB") == 989
+  assert diagnostics.peak_tflops("NVIDIA B200") == 2250
+  assert diagnostics.peak_tflops("NVIDIA GB200") == 2500
+  assert diagnostics.peak_tflops("TPU v6 lite") == 918
+  assert diagnostics.peak_tflops("TPU7x") == 1153.5
+  assert diagnostics.peak_tflops("NVIDIA RTX A6000") is None
   assert diagnostics.peak_tflops("cpu") is None
 
 
