@@ -40,9 +40,17 @@ def alignment(z1: jax.Array, z2: jax.Array) -> jax.Array:
   From 0 (the views of an image agree) to 4; independent embeddings have 2
   (Wang and Isola, 2005.10242, eq. 1 with alpha 2). z1 and z2 are [n, D].
 
+  Raises:
+    UserError: for other shapes.
+
   >>> alignment(jnp.eye(4), -jnp.eye(4)).item()
   4.0
   """
+  if z1.shape != z2.shape or z1.ndim != 2:
+    raise UserError(
+      f"z1 and z2 have shapes {z1.shape} and {z2.shape}; expected [n, D] of "
+      "both"
+    )
   return jnp.mean(jnp.sum(jnp.square(_unit(z1) - _unit(z2)), axis=-1))
 
 
@@ -140,9 +148,17 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   Returns:
     Bools [n].
 
+  Raises:
+    UserError: for other shapes.
+
   >>> top_k_correct(jnp.eye(3), jnp.array([0, 2, -1]), 1).tolist()
   [True, False, False]
   """
+  if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+    raise UserError(
+      f"logits and labels have shapes {logits.shape} and {labels.shape}; "
+      "expected [n, num_classes] and [n]"
+    )
   _, classes = jax.lax.top_k(logits, min(k, logits.shape[1]))
   return jnp.any(classes == labels[:, None], axis=1)
 

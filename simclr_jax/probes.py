@@ -252,6 +252,11 @@ def _logistic(x, labels, num_classes, l2, *, num_steps):
 def _labelled(examples, num_classes):
   """Rows with a label, as float32 (or better) and int32 on the device."""
   features, labels = map(np.asarray, examples)
+  if features.ndim != 2 or labels.shape != features.shape[:1]:
+    raise UserError(
+      f"features and labels have shapes {features.shape} and {labels.shape}; "
+      "expected [n, C] and [n]"
+    )
   if np.max(labels, initial=-1) >= num_classes:
     raise UserError(
       f"label {labels.max()} with {num_classes} classes; it must be below "

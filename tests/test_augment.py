@@ -236,6 +236,18 @@ def test_amounts_belong_to_their_images():
     close(one, np.asarray(together[i, j]), 1e-6)
 
 
+def test_images_may_be_a_list_and_a_size_an_array():
+  image = (255 * IMAGE).astype(np.uint8)
+  options = {"size": np.array([8, 6])}
+  for views_fn in (augment.two_views, augment.crop_flip):
+    key = jax.random.key(1)
+    together = views_fn(key, np.stack([image, image[::-1]]), size=(8, 6))
+    assert together.shape[1:] == (8, 6, 3)
+    alone = views_fn(key, [image, image[::-1]], **options)
+    np.testing.assert_array_equal(alone, together)
+  assert augment.eval_view(image, **options).shape == (8, 6, 3)
+
+
 @pytest.mark.parametrize("shape", [(2, 1), (3,), (5, 2)])
 def test_amounts_of_another_shape_are_refused(shape):
   with pytest.raises(ValueError, match="broadcast"):
@@ -396,6 +408,30 @@ IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
         jax.random.key(0), (8, 8), num=1, aspect_range=(0, 1)
       ),
       "aspect_range is",
+    ),
+    (
+      lambda: augment.sample_crop_boxes(
+        jax.random.key(0), (8, 8), num=1, area_range=0.5
+      ),
+      "augment.area_range is 0.5; expected two numbers",
+    ),
+    (
+      lambda: augment.sample_crop_boxes(
+        jax.random.key(0), (8, 8), num=1, aspect_range=(0.5,)
+      ),
+      r"augment.aspect_range is \(0.5,\); expected two numbers",
+    ),
+    (
+      lambda: augment.sample_crop_boxes(jax.random.key(0), (8, 8), num=-1),
+      "num is -1; expected an int >= 0",
+    ),
+    (
+      lambda: augment.gaussian_blur(IMAGE, 1.0, kernel_size=5.5),
+      "kernel_size is 5.5; expected an int >= 0",
+    ),
+    *(
+      (lambda size=size: augment.eval_view(IMAGE, size=size), "size is")
+      for size in (np.array([8, 8, 8]), np.array([8.5, 8]), (8,), "8", None)
     ),
   ],
 )

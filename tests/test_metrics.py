@@ -100,6 +100,37 @@ def test_uniformity_needs_a_pair():
     metrics.uniformity(jnp.ones((1, 3)))
 
 
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (
+      lambda: metrics.alignment(jnp.ones((1, 3)), jnp.ones((4, 3))),
+      r"z1 and z2 have shapes \(1, 3\) and \(4, 3\); expected \[n, D\] of both",
+    ),
+    (
+      lambda: metrics.alignment(jnp.ones(3), jnp.ones(3)),
+      r"z1 and z2 have shapes \(3,\) and \(3,\); expected",
+    ),
+    (
+      lambda: metrics.top_k_correct(jnp.eye(3), jnp.zeros(1, int), 1),
+      r"have shapes \(3, 3\) and \(1,\); expected \[n, num_classes\] and \[n\]",
+    ),
+    (
+      lambda: metrics.top_k_correct(jnp.eye(3), jnp.zeros((3, 1), int), 1),
+      r"have shapes \(3, 3\) and \(3, 1\); expected",
+    ),
+    (
+      lambda: metrics.top_k_correct(jnp.ones(3), jnp.zeros(3, int), 1),
+      r"have shapes \(3,\) and \(3,\); expected",
+    ),
+  ],
+)
+def test_shapes_that_would_broadcast_are_refused(call, message):
+  with pytest.raises(UserError, match=message) as caught:
+    call()
+  assert "\n" not in str(caught.value)
+
+
 def test_top_k_correct():
   logits = np.array([[0.1, 0.5, 0.3, 0.2], [4, 3, 2, 1], [4, 3, 2, 1]])
   labels = np.array([2, 3, -1])

@@ -156,6 +156,19 @@ def test_top_k_leaves_out_unlabelled():
   assert got == {"top1": pytest.approx(2 / 3), "top5": 1.0}
 
 
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("side", [0, 2])
+@pytest.mark.parametrize("shape", [(3,), (7,), (6, 1)])
+def test_labels_of_another_shape_are_refused(probe, side, shape):
+  h, labels = np.eye(6, dtype=np.float32), np.arange(6)
+  arrays = [h, labels, h, labels]
+  arrays[side + 1] = np.zeros(shape, int)
+  message = rf"and \({shape[0]},.*; expected \[n, C\] and \[n\]"
+  with pytest.raises(UserError, match=message) as caught:
+    probe(*arrays, num_classes=6)
+  assert "\n" not in str(caught.value)
+
+
 def test_mistakes_get_one_line():
   train, labels, test, test_labels = split()
   with pytest.raises(UserError, match="no labelled image"):

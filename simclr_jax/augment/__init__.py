@@ -111,10 +111,12 @@ def _amounts(strength, **amounts):
 
 
 def _check_batch(images, index, sizes):
-  if jnp.ndim(images) != 4:
+  """All three as arrays."""
+  images = jnp.asarray(images)
+  if images.ndim != 4:
     raise UserError(
-      f"images have shape {jnp.shape(images)}; expected a batch [n, height, "
-      "width, channels]"
+      f"images have shape {images.shape}; expected a batch [n, height, width, "
+      "channels]"
     )
   n = images.shape[0]
   index = jnp.arange(n) if index is None else jnp.asarray(index)
@@ -125,7 +127,7 @@ def _check_batch(images, index, sizes):
     raise UserError(f"sizes has shape {sizes.shape}; expected ({n}, 2)")
   # No image is larger than its canvas: outside it there are no pixels.
   sizes = jnp.minimum(sizes, jnp.asarray(images.shape[1:3]))
-  return index, jnp.broadcast_to(sizes, (n, 2))
+  return images, index, jnp.broadcast_to(sizes, (n, 2))
 
 
 def _boxes(draws, sizes, area_range, aspect_range):
@@ -243,7 +245,7 @@ def two_views(
   >>> two_views(jax.random.key(0), images, size=32).shape
   (8, 32, 32, 3)
   """
-  index, sizes = _check_batch(images, index, sizes)
+  images, index, sizes = _check_batch(images, index, sizes)
   _check_probabilities(
     jitter_probability=jitter_probability,
     gray_probability=gray_probability,
@@ -300,7 +302,7 @@ def crop_flip(
   >>> crop_flip(jax.random.key(0), images, size=32).shape
   (4, 32, 32, 3)
   """
-  index, sizes = _check_batch(images, index, sizes)
+  images, index, sizes = _check_batch(images, index, sizes)
   return _make(
     _draw(key, index, 1),
     images,

@@ -73,14 +73,14 @@ def gaussian_blur(images, sigma, *, kernel_size):
       23 taps. SimCLR takes the image's height // 10.
 
   Raises:
-    UserError: for a negative kernel_size.
+    UserError: for a kernel_size that is negative or no whole number.
 
   Source: data_util.py, gaussian_blur.
 
   >>> gaussian_blur(jnp.ones((8, 8, 3)), 1.0, kernel_size=3).shape
   (8, 8, 3)
   """
-  if kernel_size < 0:
+  if kernel_size < 0 or int(kernel_size) != kernel_size:
     raise UserError(f"kernel_size is {kernel_size}; expected an int >= 0")
   images = pixels.to_float(images)
   lead = images.shape[:-3]

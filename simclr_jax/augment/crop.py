@@ -19,9 +19,20 @@ MIN_COVERED = 0.1
 EVAL_CROP = 0.875
 
 
+def _pair(values, name):
+  try:
+    low, high = map(float, values)
+  except (TypeError, ValueError):
+    raise UserError(
+      f"augment.{name} is {values}; expected two numbers, low and high"
+    ) from None
+  return low, high
+
+
 def check_ranges(area_range, aspect_range):
   """Both as options of the sampler; UserError unless a box can meet them."""
-  area_range, aspect_range = tuple(area_range), tuple(aspect_range)
+  area_range = _pair(area_range, "area_range")
+  aspect_range = _pair(aspect_range, "aspect_range")
   low, high = area_range
   if not (0 < low <= high <= 1 and high >= MIN_COVERED):
     raise UserError(
@@ -109,7 +120,7 @@ def sample_crop_boxes(
     int32 [num, 4]: top, left, height, width in pixels, inside the image.
 
   Raises:
-    UserError: for ranges that no box can meet.
+    UserError: for ranges that no box can meet, or a negative num.
 
   After 16 tries (official: 100; on ordinary shapes the difference is 1e-10)
   the whole image is taken. Source: data_util.py, distorted_bounding_box_crop.
@@ -119,6 +130,8 @@ def sample_crop_boxes(
   (5, 4)
   """
   ranges = check_ranges(area_range, aspect_range)
+  if num < 0:
+    raise UserError(f"num is {num}; expected an int >= 0")
   u = jax.random.uniform(key, (num, 2 * TRIES + 2), jnp.float32)
   shape = jnp.broadcast_to(jnp.asarray(shape), (num, 2))
   return boxes_from_uniforms(u, shape, **ranges)

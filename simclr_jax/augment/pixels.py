@@ -1,6 +1,7 @@
 """Images on their way in: uint8 to float, and the checks that all ops share."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from simclr_jax.config import UserError
 
@@ -49,9 +50,14 @@ def need_rgb(images, name):
 
 def height_width(size):
   """An int or (height, width) to (height, width), checked."""
-  pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-  if len(pair) != 2 or any(int(s) != s or s < 1 for s in pair):
+  try:
+    pair = tuple(size) if np.ndim(size) else (size, size)
+    height, width = map(int, pair)
+    is_whole = (height, width) == pair
+  except (TypeError, ValueError, OverflowError):
+    is_whole = False
+  if not is_whole or min(height, width) < 1:
     raise UserError(
       f"size is {size}; expected a positive int, or (height, width) of them"
     )
-  return int(pair[0]), int(pair[1])
+  return height, width
