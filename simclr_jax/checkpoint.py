@@ -275,7 +275,7 @@ def _hash(tree) -> str:
 def _check_same(expected, got, *, where: str) -> None:
   want = {k: np.shape(v) for k, v in _flatten(expected).items()}
   have = {k: np.shape(v) for k, v in _flatten(got).items()}
-  if problem := _difference(want, have):
+  if problem := difference(want, have):
     raise UserError(f"checkpoint {where} does not fit this run: {problem}")
 
 
@@ -283,8 +283,12 @@ def _flatten(tree) -> dict:
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def _difference(want: dict, have: dict) -> str:
-  """Describes in one line how two {name: shape} tables differ, or ""."""
+def difference(want: dict, have: dict) -> str:
+  """Describes in one line how two {name: shape} tables differ, or "".
+
+  >>> difference({"conv_1": (3, 3)}, {"conv": (3, 3)})
+  'missing conv_1 (nearest: conv); not expected conv (nearest: conv_1)'
+  """
   missing = sorted(want.keys() - have.keys())
   extra = sorted(have.keys() - want.keys())
   shapes = [
@@ -293,12 +297,15 @@ def _difference(want: dict, have: dict) -> str:
     if want[k] != have[k]
   ]
 
+  def more(entries):
+    return f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+
   def some(names, others):
     shown = []
     for name in names[:5]:
       near = difflib.get_close_matches(name, others, n=1)
       shown.append(name + (f" (nearest: {near[0]})" if near else ""))
-    return ", ".join(shown) + (f" and {len(names) - 5} more" * (len(names) > 5))
+    return ", ".join(shown) + more(names)
 
   parts = []
   if missing:
@@ -306,7 +313,7 @@ def _difference(want: dict, have: dict) -> str:
   if extra:
     parts.append(f"not expected {some(extra, missing)}")
   if shapes:
-    parts.append("; ".join(shapes[:5]))
+    parts.append("; ".join(shapes[:5]) + more(shapes))
   return "; ".join(parts)
 
 
@@ -337,7 +344,7 @@ def merge(variables: dict, loaded: dict, *, new=(), where: str) -> dict:
     source = {k: v for k, v in loaded[collection].items() if k in part}
     want = {k: np.shape(v) for k, v in _flatten(part).items()}
     have = {k: np.shape(v) for k, v in _flatten(source).items()}
-    if problem := _difference(want, have):
+    if problem := difference(want, have):
       raise UserError(f"{where} holds another network: {problem}")
     cast = jax.tree.map(lambda a, b: np.asarray(b, a.dtype), part, source)
     merged[collection] = {**tree, **cast}

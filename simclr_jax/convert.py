@@ -9,7 +9,6 @@ classifier sits, as a fine-tuned network: --config.teacher of distill.
 
 import argparse
 import collections
-import difflib
 from pathlib import Path
 
 import jax
@@ -100,7 +99,13 @@ def from_tensorflow(
       jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32),
     )
   )
-  if problem := _difference(paths, expected, named):
+  have = {name: np.shape(value) for name, value in named.items()}
+  want = {
+    # What is left of a classifier without a kernel has no shape to compare.
+    name: expected[path].shape if path in expected else have.get(name)
+    for name, path in paths.items()
+  }
+  if problem := checkpoint.difference(want, have):
     try:
       found = tf_names.architecture(named)
       hint = (
@@ -117,37 +122,6 @@ def from_tensorflow(
   )
 
 
-def _difference(paths, expected, named):
-  """One line on how the variables differ from the network, or ""."""
-  missing = sorted(paths.keys() - named.keys(), key=tf_names.natural)
-  extra = sorted(named.keys() - paths.keys(), key=tf_names.natural)
-  wrong = [
-    f"{name} {np.shape(named[name])} instead of {expected[path].shape}"
-    for name, path in paths.items()
-    if name in named
-    and path in expected
-    and np.shape(named[name]) != expected[path].shape
-  ]
-
-  def near(names, others):
-    for name in names[:_MAX_NAMED]:
-      match = difflib.get_close_matches(name, others, n=1)
-      yield name + (f" (nearest: {match[0]})" if match else "")
-
-  parts = []
-  for what, entries in (
-    ("missing", [*near(missing, extra), *missing[_MAX_NAMED:]]),
-    ("not expected", [*near(extra, missing), *extra[_MAX_NAMED:]]),
-    ("of another shape", wrong),
-  ):
-    if entries:
-      more = len(entries) - _MAX_NAMED
-      text = ", ".join(entries[:_MAX_NAMED])
-      text += f" and {more} more" if more > 0 else ""
-      parts.append(f"{len(entries)} {what}: {text}")
-  return "; ".join(parts)
-
-
 def convert(
   tensorflow_checkpoint,
   workdir,
@@ -160,7 +134,8 @@ def convert(
   """Writes a run's directory with the network of a TensorFlow checkpoint.
 
   Args:
-    tensorflow_checkpoint: its prefix, or a folder that holds one.
+    tensorflow_checkpoint: its prefix, one of its files, a folder that holds
+      one, or a SavedModel.
     workdir: the new run's directory; nothing may be there.
     ema: take the averaged copy of the weights.
     head_layer: which layer of the head the classifier sits on (official: 1 for
@@ -291,7 +266,8 @@ def main(argv=None) -> None:
   parser.add_argument(
     "--tensorflow_checkpoint",
     required=True,
-    help="the path up to .index, or a folder with one checkpoint",
+    help="its prefix (the path up to .index), one of its files, a folder with "
+    "one checkpoint, or a SavedModel",
   )
   parser.add_argument(
     "--workdir", required=True, help="the new run's directory"
@@ -303,11 +279,13 @@ def main(argv=None) -> None:
     "--head_layer",
     type=int,
     help="keep the classifier, which sits on this layer of the head: 1 for "
-    "finetuned_1pct and finetuned_10pct, 0 for finetuned_100pct",
+    "finetuned_1pct and finetuned_10pct, 0 for finetuned_100pct; default: the "
+    "classifier is left out",
   )
   parser.add_argument(
     "--label_names",
-    help="a file with a class name a line, such as TFDS's label.labels.txt",
+    help="a file with a class name a line, such as TFDS's label.labels.txt; "
+    "default: their numbers",
   )
   parser.add_argument(
     "--image_size",
@@ -325,7 +303,7 @@ def main(argv=None) -> None:
         names = file.read_text(encoding="utf-8").split("\n")
       except UnicodeDecodeError:
         raise UserError(
-          f"--label_names={args.label_names}: is no text (UTF-8, a name a line)"
+          f"--label_names={args.label_names} is not text (UTF-8, a name a line)"
         ) from None
       except OSError as error:
         raise UserError(

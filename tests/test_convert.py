@@ -218,15 +218,14 @@ def test_missing_extra_and_misshapen(golden):
     convert.from_tensorflow(variables, **ARCHS["r18"])
   text = str(error.value).partition(": ")[2]
   assert text == (
-    "3 missing: base_model/conv2d_2/kernel (nearest: "
-    "base_model/conv2d_2/kernels), base_model/conv2d_10/kernel (nearest: "
-    "base_model/conv2d_10/kernels), "
+    "missing base_model/conv2d_10/kernel (nearest: "
+    "base_model/conv2d_10/kernels), base_model/conv2d_2/kernel (nearest: "
+    "base_model/conv2d_2/kernels), "
     "head_contrastive/nl_2/batch_normalization/gamma; "
-    "3 not expected: base_model/conv2d_2/kernels (nearest: "
-    "base_model/conv2d_2/kernel), base_model/conv2d_10/kernels (nearest: "
-    "base_model/conv2d_10/kernel), quite_another_thing; "
-    "1 of another shape: base_model/conv2d_3/kernel (3, 3, 64, 65) instead of "
-    "(3, 3, 64, 64)"
+    "not expected base_model/conv2d_10/kernels (nearest: "
+    "base_model/conv2d_10/kernel), base_model/conv2d_2/kernels (nearest: "
+    "base_model/conv2d_2/kernel), quite_another_thing; "
+    "base_model/conv2d_3/kernel has shape (3, 3, 64, 65), needed (3, 3, 64, 64)"
   )
 
 
@@ -504,7 +503,7 @@ def test_command_writes_a_run(tmp_path, monkeypatch, capsys, head_layer):
     (["--head_layer=1", "--label_names=none"], "--label_names=none: No such"),
     (
       ["--head_layer=1", "--label_names=binary"],
-      r"--label_names=binary: is no text \(UTF-8, a name a line\)",
+      r"--label_names=binary is not text \(UTF-8, a name a line\)",
     ),
     (["--ema"], "no averaged copy"),
     (["--image_size=-1"], "--image_size: got -1, must be above 0"),
