@@ -84,6 +84,7 @@ LAYERS = (
       "sweep",
     },
   ),
+  ("list of commands", {"__main__"}),
 )
 LAYER_OF = {name: i for i, (_, names) in enumerate(LAYERS) for name in names}
 
