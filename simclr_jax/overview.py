@@ -1,5 +1,7 @@
 """The table printed before the first step: what trains, and from where."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -71,18 +73,30 @@ def _place(group: str):
   return [i for i, name in enumerate(order) if group.startswith(name)], group
 
 
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+  """A table's lines, its first column to the left, all others to the right.
+
+  >>> aligned([("part", "values"), ("stem", "1,728"), ("all", "11,168,832")])
+  ['part      values', 'stem       1,728', 'all   11,168,832']
+  """
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  return [
+    "  ".join(
+      text.rjust(width) if i else text.ljust(width)
+      for i, (text, width) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in table
+  ]
+
+
 def show(
   config, params, *, loaded=None, new=("classifier",), **options
 ) -> None:
   """Prints `rows`, and what of `loaded` was left; arguments as there."""
   if jax.process_index():
     return
-  table = rows(config, params, loaded=loaded, new=new, **options)
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  for row in table:
-    cells = [row[0].ljust(widths[0])]
-    cells += [x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True)]
-    print("  " + "  ".join(cells))
+  for line in aligned(rows(config, params, loaded=loaded, new=new, **options)):
+    print(f"  {line}")
   total = sum(np.size(x) for x in jax.tree.leaves(params))
   scope = config.model.bn_group_size
   notes = [

@@ -215,7 +215,7 @@ def test_csv_table_and_figure(fakes, tmp_path, capsys):
   }
   # 0.5, 0.6 and 0.7 over the seeds.
   out = capsys.readouterr().out
-  assert "from scratch  18x0.125  1%      60.0% ± 10.0%  3" in out
+  assert "from scratch  18x0.125      1%  60.0% ± 10.0%      3" in out
   figure = matplotlib.figure.Figure()
   figure_lib.draw(
     figure,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from simclr_jax import storage
+from simclr_jax import overview, storage
 from simclr_jax.provenance import provenance
 from simclr_jax.sweep import figure, findings, results
 from simclr_jax.sweep.claims import Claim
@@ -37,11 +37,7 @@ def write(
     _write(workdir, {"label_efficiency.csv": results.to_csv(rows)})
     _write(workdir, figure.files(rows))
   _write(workdir, {"report.html": render(workdir)})
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  print()
-  for row in table:
-    pairs = zip(row, widths, strict=True)
-    print("  ".join(f"{text:{width}}" for text, width in pairs).rstrip())
+  print("", *overview.aligned(table), sep="\n")
   print(f"\n{len(rows)} of {len(cells)} cells; see {workdir}/report.html")
 
 
