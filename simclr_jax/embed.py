@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from simclr_jax import cli, errors, feature_file, hosts, network
+from simclr_jax import cli, errors, feature_file, hosts, network, sources
 from simclr_jax.config import UserError
 from simclr_jax.provenance import provenance
 
@@ -88,7 +88,7 @@ def embed(
     eval_fraction=eval_fraction,
   )
   if source.note:
-    print(source.note, flush=True)
+    print(sources.as_flags(source.note, name="--data"), flush=True)
   about = {
     "checkpoint": {k: net.about[k] for k in ("workdir", "step", "hash")},
     "data": source.name,
@@ -97,7 +97,8 @@ def embed(
     "layer": layer,
     "image_size": net.config.data.image_size,
   }
-  # The classifier's come first, and whole: its outputs are numbered so.
+  # The classifier's names come first and complete: its outputs are numbered in
+  # that order.
   label_names = list(net.label_names)
   label_names += [x for x in source.label_names if x not in net.label_names]
   # Class k of the dataset is number[k]; its last entry is for -1.

@@ -32,6 +32,7 @@ from simclr_jax import (
   probes,
 )
 from simclr_jax.config import UserError, nearest
+from simclr_jax.data.splits import labels_needed
 from simclr_jax.feature_file import Features
 from simclr_jax.provenance import provenance
 
@@ -50,7 +51,7 @@ def evaluate(
   test_features: str = "",
   layer: str = "h",
   probe_names: Sequence[str] = ("knn", "linear", "ridge"),
-  per_class: Sequence[int] = (),
+  per_class: Sequence[int] | int = (),
   draws: int = 5,
   folds: int = 0,
   num_neighbors: int = 0,
@@ -65,15 +66,16 @@ def evaluate(
     features: a file from `embed`, or with "features" [n, C] and "labels" [n].
     test_features: another one, to test on.
     layer: of the run's network: "h", "head_k" or "z".
-    probe_names: some of "knn", "linear" and "ridge".
-    per_class: numbers of labels a class to train on, beside all of them.
+    probe_names: some of "knn", "linear" and "ridge", or one of them.
+    per_class: numbers of labels a class to train on, beside all of them, or
+      one number.
     draws: how often those are drawn.
     folds: of cross-validation; 0: none where there are images to test on,
       else 5.
     num_neighbors: of knn; 0: as the run has it, or 20.
     seed: of draws and folds.
     batch_size: images over all devices; 0: 64 a device.
-    output: a new JSON file for the result; "": none.
+    output: a new JSON file for the result; its folder is made. "": none.
 
   Returns:
     {"results": [{"protocol", "num_labels", "num_test", "top1", "top1_std",
@@ -87,6 +89,8 @@ def evaluate(
   >>> [row["protocol"] for row in scores["results"]]
   ['classifier of the run', 'linear (closed form)']
   """
+  probe_names = [probe_names] if isinstance(probe_names, str) else probe_names
+  per_class = [per_class] if isinstance(per_class, int) else per_class
   for name in probe_names:
     if name not in PROBES:
       raise UserError(
@@ -111,11 +115,8 @@ def evaluate(
   else:
     train, *rest = feature_file.read_to_fit(features, test_features)
     test = rest[0] if rest else None
-    about = {
-      "features": features,
-      "test_features": test_features,
-      **train.about,
-    }
+    about = {"features": features, "test_features": test_features}
+    about |= train.about
   about["num_neighbors"] = k = num_neighbors or about.get("num_neighbors") or 20
   folds = folds or (0 if test else _FOLDS)
   plans = _plans(train, test, per_class, draws, folds, seed)
@@ -132,7 +133,9 @@ def evaluate(
     print(_table(rows), flush=True)
     if output:
       try:
-        with Path(output).expanduser().open("x") as file:
+        path = Path(output).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x") as file:
           file.write(json.dumps(result, indent=2) + "\n")
       except OSError as error:
         raise UserError(
@@ -143,15 +146,16 @@ def evaluate(
 
 def _problem_of(output) -> str:
   """Why this file cannot be made, or ""."""
-  path = Path(output).expanduser()
   if "://" in str(output):
     return f"--output={output} must be a local file"
+  path = Path(output).expanduser()
   if os.path.lexists(path):
     return (
       f"--output={output} exists already and is left as it is; give another"
     )
-  if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-    return f"--output={output}: there is no folder {path.parent} to write to"
+  folder = next(p for p in path.absolute().parents if os.path.lexists(p))
+  if not folder.is_dir() or not os.access(folder, os.W_OK):
+    return f"--output={output}: {folder} is no folder to write to"
   return ""
 
 
@@ -167,7 +171,10 @@ def _of_run(checkpoint, layer, folds, batch_size):
     if source.labels is not None:
       source = source.select(np.flatnonzero(source.labels >= 0))
     if not source.num_classes or not len(source):
-      raise UserError(f'{fields.name} has no labelled image in split "{split}"')
+      raise UserError(
+        f'{fields.name} has no labelled image in split "{split}"'
+        f"{labels_needed(fields.name)}"
+      )
     batches = list(
       network.stream(
         net,
@@ -206,10 +213,9 @@ def _of_run(checkpoint, layer, folds, batch_size):
   }
   if "knn" in net.config:
     about["num_neighbors"] = net.config.knn.num_neighbors
-  train = features(fields.split)
-  test = (
-    features(fields.eval_split) if fields.eval_split and not folds else None
-  )
+  train, test = features(fields.split), None
+  if fields.eval_split and not folds:
+    test = features(fields.eval_split)
   return train, test, about
 
 
@@ -224,13 +230,16 @@ def _plans(train, test, per_class, draws, folds, seed):
       "two or more"
     )
 
-  def need(option, number):
-    fewest = counts.argmin()
-    if number < 1 or counts[fewest] < number:
+  def need(option, number, least):
+    if number < least:
+      raise UserError(f"{option}: got {number}, must be {least} or more")
+    fewest, name = min(zip(counts.tolist(), classes.tolist(), strict=True))
+    if fewest < number:
+      many = f"ask for at most {fewest}: {option}={fewest}"
       raise UserError(
-        f"{option}: {number} asked for, but class "
-        f'"{train.label_names[classes[fewest]]}" has {counts[fewest]} labelled '
-        "images"
+        f'{option}: {number} asked for, but class "{train.label_names[name]}" '
+        f"has {fewest} labelled image{'s' * (fewest > 1)}; "
+        f"{many if fewest >= least else 'label more of it'}"
       )
 
   def split(chosen, rest):
@@ -240,7 +249,7 @@ def _plans(train, test, per_class, draws, folds, seed):
 
   everything = np.arange(len(y))
   if folds:
-    need("--folds", folds)
+    need("--folds", folds, 2)
     splitter = model_selection.StratifiedKFold(
       folds, shuffle=True, random_state=seed
     )
@@ -248,7 +257,7 @@ def _plans(train, test, per_class, draws, folds, seed):
   else:
     plans = [("", [split(everything, ())])]
   for number in per_class:
-    need("--per_class", number)
+    need("--per_class", number, 1)
     splits = []
     for draw in range(draws):
       chosen = data.label_subset(y, per_class=number, seed=seed + draw)
@@ -293,15 +302,8 @@ def _table(rows) -> str:
   lines = [("protocol", "labels", "tested on", "top-1", "top-5")]
   for row in rows:
     labels = "-" if row["num_labels"] is None else str(row["num_labels"])
-    lines.append(
-      (
-        row["protocol"],
-        labels,
-        str(row["num_test"]),
-        percent(row, "top1"),
-        percent(row, "top5"),
-      )
-    )
+    cells = (row["protocol"], labels, str(row["num_test"]))
+    lines.append((*cells, percent(row, "top1"), percent(row, "top5")))
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(
@@ -335,7 +337,7 @@ def main(argv=None) -> None:
   add("--num_neighbors", type=int, default=0, help="default: the run's, or 20")
   add("--seed", type=int, default=0, help="of draws and folds")
   add("--batch_size", type=int, default=0, help="images over all devices")
-  add("--output", default="", help="a new JSON file for the result")
+  add("--output", default="", help="a new JSON file; default: none")
   args = vars(parser.parse_args(argv))
   probe_names = [name for name in args.pop("probes").split(",") if name]
   with errors.ending():

@@ -30,7 +30,9 @@ from simclr_jax import (
 from simclr_jax.config import UserError
 
 FORMATS = ("torchvision", "stablehlo")
-_MISSING = '--format={} needs the package {}: pip install "simclr_jax[export]"'
+_MISSING = (
+  "--format={} needs the package {}; in the checkout: pip install '.[export]'"
+)
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # A file of the format can be no larger.
 _MAX_STABLEHLO_BYTES = 2**31 - 2**24

@@ -11,14 +11,30 @@ from simclr_jax import network as network_lib
 from simclr_jax.provenance import provenance
 
 _LOCAL = (
-  *("pretrained", "teacher", "data.name", "data.data_dir"),
-  *("data.labels", "data.label_ids"),
+  "pretrained",
+  "teacher",
+  "data.name",
+  "data.data_dir",
+  "data.labels",
+  "data.label_ids",
 )
 _SHOWN = (
-  *("data.name", "data.split", "num_epochs", "num_steps", "batch_size"),
-  *("optim.name", "optim.learning_rate", "optim.scaling"),
-  *("optim.weight_decay", "loss.temperature", "augment.strength"),
-  *("label_percent", "labels_per_class", "pretrained", "teacher", "seed"),
+  "data.name",
+  "data.split",
+  "num_epochs",
+  "num_steps",
+  "batch_size",
+  "optim.name",
+  "optim.learning_rate",
+  "optim.scaling",
+  "optim.weight_decay",
+  "loss.temperature",
+  "augment.strength",
+  "label_percent",
+  "labels_per_class",
+  "pretrained",
+  "teacher",
+  "seed",
 )
 
 _DERIVED = ("num_epochs", "num_steps", "labels_per_class")  # not shown at 0
@@ -35,7 +51,7 @@ def text(
     usage: Python code that loads it.
     notes: sentences about what differs from what one might expect.
   """
-  config = _published(net.config.to_dict())
+  config = _published(_stored(net))
   flat = config_lib.flat(config)
   model, size = net.config.model, net.config.data.image_size
   made = provenance()
@@ -135,6 +151,15 @@ def _results(workdir) -> list[str]:
     f"{percent(result['top1'])} | {percent(result['top5'])} | "
     f"{result['seed']} |",
   ]
+
+
+def _stored(net) -> dict:
+  """The run's config; the network has fields of `model` for this machine."""
+  config = net.config.to_dict()
+  file = epath.Path(net.about["workdir"]) / "config.json"
+  if file.exists():
+    config["model"] = json.loads(file.read_text())["model"]
+  return config
 
 
 def _published(tree, prefix=""):

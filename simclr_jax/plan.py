@@ -60,7 +60,8 @@ def ways(config, *, num_devices: int) -> list[tuple[str, dict]]:
     fields = {k: v for _, each in found for k, v in each.items()}
     found.append(("all of these", fields))
   for factor in (2, 4, 8):
-    # A device's part of it on more devices, but for the columns of the logits.
+    # A smaller batch here costs a device what more devices would, but for the
+    # columns of the logits.
     size, rest = divmod(config.batch_size, factor)
     if not rest and size % num_devices == 0:
       name = f"{num_devices * factor} devices"
@@ -86,6 +87,7 @@ def plan(
     peak_tflops: of each device, at the run's dtype; 0: from its name.
     utilisation: the part of the peak that training reaches, in (0, 1].
     images: of the dataset, where it cannot be opened; 0: the dataset's own.
+      What else is not known of it then (channels, classes) is assumed and said.
 
   Returns:
     `estimate`'s dict and "num_steps", "hours" (None: not known), "fits" (None:
@@ -117,6 +119,14 @@ def plan(
   build.resolve(config)
   images, described = _images(config, images)
   described |= stored
+  assumed = {"channels": 3, "num_classes": 1000}
+  if missing := sorted(assumed.keys() - described.keys()):
+    said = [f"{assumed[k]} {k.removeprefix('num_')}" for k in missing]
+    print(
+      f"plan: assuming {' and '.join(said)}, as {config.data.name} cannot be "
+      "opened"
+    )
+  described = assumed | described
   num_steps = config.num_steps
   if images:
     num_steps = config_lib.num_steps(config, images)
@@ -192,6 +202,11 @@ def _images(config, given: int) -> tuple[int, dict]:
       seed=config.seed,
     )
   except UserError as error:
+    if config.data.name == "folder:" and not given:  # Of the bare recipe.
+      raise UserError(
+        'config.data.name is "folder:"; name the folder of the images '
+        "(--config.data.name=folder:PATH), or plan without with --images=N."
+      ) from None
     if not given and not config.num_steps:
       print(
         f"plan: {config.data.name} cannot be opened, so the number of steps is "
@@ -235,7 +250,9 @@ def _show(result: dict, utilisation: float, peak: float | None, on_cpu: bool):
       f"{utilisation:.0%} of {peak:g} TFLOP/s"
     )
   elif not peak:
-    print("  hours: give --peak_tflops of a device, such as 312 (A100), 989")
+    print(
+      "  hours: give --peak_tflops of a device, such as 312 (A100), 989 (H100)"
+    )
 
 
 def _yes(value: bool) -> str:

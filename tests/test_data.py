@@ -173,6 +173,18 @@ def test_batch_must_divide_by_the_hosts(batches):
   )
 
 
+@pytest.mark.parametrize("batch_size", [0, -4])
+def test_a_batch_of_nothing_is_refused(batch_size):
+  dataset = make_dataset(9)
+  message = f"^batch_size must be 1 or more, got {batch_size}[.]$"
+  with pytest.raises(UserError, match=message):
+    data.eval_batches(dataset, batch_size=batch_size)
+  with pytest.raises(UserError, match=message):
+    data.train_batches(
+      dataset, seed=0, batch_size=batch_size, start_step=0, num_steps=1
+    )
+
+
 # -- evaluation batches -------------------------------------------------------
 
 
@@ -230,14 +242,14 @@ def source_of(images, labels=None, fails_at=(), reads=None):
   )
 
 
-@pytest.mark.parametrize("num_threads", [1, 5, None])
-def test_load_digits(num_threads):
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_load_digits(num_threads, monkeypatch):
+  monkeypatch.setattr(data.fetch, "num_cores", lambda: num_threads)
   source = make_source("digits", split="train")
   done = []
   dataset = data.load(
     source,
     canvas_size=8,
-    num_threads=num_threads,
     progress=lambda n, total: done.append((n, total)),
   )
   images = np.stack([image for image, _ in source.fetch(range(1437))])
@@ -269,15 +281,26 @@ def test_load_fits_images_to_the_canvas():
     np.testing.assert_array_equal(dataset.images[i], canvas)
 
 
-def test_load_names_a_damaged_image_and_stops():
+def test_load_names_a_damaged_image_and_stops(monkeypatch):
+  monkeypatch.setattr(data.fetch, "num_cores", lambda: 1)
   images = [np.zeros((2, 2, 1), np.uint8)] * 300_000
   threads = threading.active_count()
   reads = []
   source = source_of(images, fails_at=[300], reads=reads)
   with pytest.raises(UserError, match=r"\Aimage 256: not a readable image"):
-    data.load(source, canvas_size=2, num_threads=1)
+    data.load(source, canvas_size=2)
   assert threading.active_count() == threads
   assert sum(reads) < 150_000, "the rest is not read"
+
+
+@pytest.mark.parametrize("load", [data.load, data.open_dataset])
+def test_what_to_do_at_damage_is_one_of_three(load):
+  with pytest.raises(UserError) as error:
+    load(source_of([np.zeros((2, 2, 1))]), canvas_size=2, on_error="skipp")
+  assert str(error.value) == (
+    'on_error must be one of raise, skip, drop; got "skipp"; did you mean '
+    '"skip"?'
+  )
 
 
 def test_load_too_much_for_the_memory():
@@ -344,7 +367,7 @@ def unbalanced(seed=0):
 
 def test_percent_is_balanced_and_floored():
   labels = np.repeat(np.arange(10), 100)
-  for percent, num_chosen in [(1, 10), (1.55, 15), (10, 100), (7, 70)]:
+  for percent, num_chosen in [(1, 10), (1.55, 15), (10, 100), (32.3, 323)]:
     chosen = data.label_subset(labels, percent=percent, seed=0)
     counts = np.bincount(labels[chosen], minlength=10)
     assert counts.sum() == num_chosen
@@ -405,6 +428,16 @@ def test_every_label_can_be_drawn():
   # 40 expected each; six standard deviations of a binomial are 36.
   assert drawn.min() > 4
   assert drawn.max() < 76
+
+
+def test_no_class_is_preferred():
+  """Which classes have one label more is drawn, too."""
+  labels = np.repeat(np.arange(4), 25)
+  more = np.zeros(4)
+  for seed in range(40):
+    chosen = data.label_subset(labels, percent=6, seed=seed)
+    more += np.bincount(labels[chosen]) - 1
+  assert more.sum() == 80 and more.min() > 8
 
 
 def test_per_class():

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -13,7 +15,7 @@ import pytest
 from test_folder import PETS, open_tree, write_tree
 from test_sources import CIFAR10, close, encode, photo
 
-from simclr_jax import data, datasets
+from simclr_jax import cli, data, datasets
 from simclr_jax.config import UserError
 from simclr_jax.datasets import __main__ as command
 from simclr_jax.datasets import cifar10, packing
@@ -87,7 +89,8 @@ def test_check_as_a_command(tree, capsys):
   )
   assert run_main("check", "folder:/none") == 2
   assert (
-    capsys.readouterr().err == "error: data.name: there is no folder /none.\n"
+    capsys.readouterr().err
+    == "error: the dataset's name: there is no folder /none.\n"
   )
 
 
@@ -104,7 +107,7 @@ def test_check_as_a_command(tree, capsys):
       "--images_per_second=inf",
       "--images_per_second must be 0 or more, got in",
     ),
-    ("--eval_fraction=nan", "data.eval_fraction must be 0 or more and below 1"),
+    ("--eval_fraction=nan", "--eval_fraction must be 0 or more and below 1"),
   ],
 )
 def test_check_of_no_such_number(tree, flag, message, capsys):
@@ -350,7 +353,12 @@ def test_an_error_of_array_record_is_one_line(photos, tmp_path, monkeypatch):
     (["--canvas_size=0"], "--canvas_size must be 1 pixel or more, got 0."),
     (["--canvas_size=-5"], "--canvas_size must be 1 pixel or more, got -5."),
     (["--splits=all"], '--splits: "all" is TFDS\'s name for all splits'),
-    (["--eval_fraction=2"], "data.eval_fraction must be 0 or more and below 1"),
+    (["--eval_fraction=2"], "--eval_fraction must be 0 or more and below 1"),
+    (
+      ["--splits=train,test"],
+      'folder:{photos} has no split "test"; there are: all, train. Hold out a '
+      "part of the labelled images with --eval_fraction=0.2, or add a column",
+    ),
   ],
 )
 def test_pack_of_no_such_number_or_split(
@@ -359,9 +367,82 @@ def test_pack_of_no_such_number_or_split(
   argv = ["pack", f"folder:{photos}", f"--output={tmp_path}/out"]
   assert run_main(*argv, "--canvas_size=8", *flags) == 2
   error = capsys.readouterr().err
-  assert error.startswith(f"error: {message}")
+  assert error.startswith(f"error: {message.format(photos=photos)}")
   assert error.count("\n") == 1
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  "classes, flags, count",
+  [
+    ("ab", [], (32, None)),
+    ("ab", ["--splits=train,test", "--eval_fraction=0.25"], (24, 8)),
+    ("", [], (12, None)),
+  ],
+)
+def test_a_pack_says_how_to_train_on_it(
+  photos, tmp_path, classes, flags, count, capsys
+):
+  """With flags that are right for the recipe `folder`, as printed."""
+  root = photos
+  if not classes:
+    files = {f"{i}.png": encode(photo(8, 9)) for i in range(12)}
+    root = write_tree(tmp_path / "flat", files)
+  pack = ["pack", f"folder:{root}", f"--output={tmp_path}/my out", *flags]
+  command.main([*pack, "--canvas_size=8"])
+  out = capsys.readouterr().out
+  assert out.count(f"folder:{root}: ") == 1, "said once, for all splits"
+  assert "data.labels" not in out
+  printed = shlex.split(out.partition("train on it with ")[2])
+  argv = ["--config=pretrain.py:folder", f"--workdir={tmp_path}/run"]
+  argv += [*printed, "--config.data.canvas_size=8"]
+  config, _ = cli.parse(argv, stage="pretrain")
+  train, test = data.open_splits(config, tmp_path / "run")
+  assert (len(train), test and len(test)) == count
+
+
+def test_names_of_splits_are_said_to_the_recipe(photos, tmp_path, capsys):
+  """Whatever the recipe calls them."""
+  rows = [f"a/{i:02}.png,a,{'fit' if i else 'rate'}" for i in range(0, 30, 2)]
+  rows += [f"b/{i:02}.png,b,{'fit' if i > 1 else 'rate'}" for i in (1, 3, 5)]
+  (photos / "labels.csv").write_text("\n".join(["file,label,split", *rows]))
+  command.main(
+    [
+      *("pack", f"folder:{photos}", f"--output={tmp_path}/out"),
+      *("--canvas_size=8", "--splits=fit,rate", "--as=mine"),
+    ]
+  )
+  assert capsys.readouterr().out.endswith(
+    f"train on it with --config.data.name=tfds:mine "
+    f"--config.data.data_dir={tmp_path}/out --config.data.split=fit "
+    "--config.data.eval_split=rate --config.data.eval_fraction=0.0\n"
+  )
+
+
+def test_messages_name_what_the_command_has(photos, tmp_path, capsys):
+  command.main(["check", f"folder:{photos}"])
+  out = capsys.readouterr().out
+  assert "If its folders mean nothing: --labels=none." in out
+  assert run_main("check", "photos") == 2
+  assert capsys.readouterr().err == (
+    'error: the dataset\'s name is "photos"; it must be digits, tfds:NAME or '
+    "folder:PATH.\n"
+  )
+
+
+@pytest.mark.parametrize("name", ["check", "pack", "prepare"])
+def test_every_option_is_explained(name, capsys):
+  """With its default, unless it must be given."""
+  assert run_main(name, "--help") == 0
+  text = capsys.readouterr().out.partition("\noptions:")[2]
+  needed = ["-h,", "--output", "--canvas_size"] + ["--data_dir"] * (
+    name[1] == "r"
+  )
+  options = [option.split() for option in re.split(r"\n  (?=-)", text)[1:]]
+  assert len(options) > 2
+  for flag, *words in options:
+    assert len(words) > 2, f"{flag} has no help"
+    assert flag in needed or "default:" in words, flag
 
 
 def test_a_slice_is_no_name_of_a_split(tmp_path):

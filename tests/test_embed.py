@@ -329,6 +329,22 @@ def test_mistakes_get_one_line_and_touch_nothing(made, tmp_path, monkeypatch):
   assert [path.name for path in tmp_path.iterdir()] == ["taken.npz"]
 
 
+def test_flags_are_called_what_they_are_here(made, tmp_path, capsys):
+  """In the note about a tree, and in the advice about its splits."""
+  write_images(tmp_path / "images", 12, classes=("a", "b"))
+  tree = f"folder:{tmp_path / 'images'}"
+  out = tmp_path / "x.npz"
+  embed.embed(made[0] / "run", tree, out, batch_size=BATCH)
+  printed = capsys.readouterr().out
+  assert "If its folders mean nothing: --labels=none." in printed
+  with pytest.raises(UserError) as error:
+    embed.embed(made[0] / "run", tree, tmp_path / "y.npz", split="test")
+  assert str(error.value).endswith(
+    'no split "test"; there are: all, train. Hold out a part of the labelled '
+    "images with --eval_fraction=0.2, or add a column split to the csv."
+  )
+
+
 def test_names_that_the_classifier_repeats(tmp_path):
   """No name after the second "crane" moves up."""
   names = ["crane", "dog", "crane", "cat", "ox"]

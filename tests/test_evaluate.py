@@ -275,8 +275,8 @@ def test_an_output_that_cannot_be_is_refused_first(
   (tmp_path / "taken.json").write_text("mine")
   before = sorted(tmp_path.rglob("*"))
   for output, message in (
-    ("nodir/r.json", "there is no folder nodir"),
-    ("taken.json/r.json", "there is no folder taken.json"),
+    ("taken.json/r.json", f"{tmp_path}/taken.json is no folder to write to"),
+    ("taken.json/no/r.json", f"{tmp_path}/taken.json is no folder to write to"),
     ("folder", "folder exists already"),
     ("~/taken.json", "exists already"),
     ("gs://mine/r.json", "must be a local file"),
@@ -285,6 +285,39 @@ def test_an_output_that_cannot_be_is_refused_first(
       evaluate.evaluate(features=files[0], output=output)
     assert message in str(caught.value) and "\n" not in str(caught.value)
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_folder_of_the_output_is_made(files, tmp_path):
+  """As `embed` does; and a probe, or a number, need be in no list."""
+  output = tmp_path / "new" / "deep" / "r.json"
+  result = evaluate.evaluate(
+    features=files[0], probe_names="ridge", per_class=1, output=str(output)
+  )
+  assert json.loads(output.read_text()) == result
+  assert [row["protocol"] for row in result["results"]] == [
+    "linear (closed form) 5 folds",
+    "linear (closed form) 1 per class",
+  ]
+
+
+def test_images_without_labels_are_told_how_to_get_some(tmp_path):
+  images = tmp_path / "images"
+  images.mkdir()
+  for i in range(3):
+    PIL.Image.new("L", (8, 8), i).save(images / f"{i}.png")
+  make_run(
+    tmp_path / "run",
+    stage="pretrain",
+    channels=1,
+    data__name=f"folder:{images}",
+  )
+  with pytest.raises(UserError) as error:
+    evaluate.evaluate(checkpoint=str(tmp_path / "run"))
+  assert str(error.value) == (
+    f'folder:{images} has no labelled image in split "train"; write a '
+    "labels.csv (columns file,label) into it, or sort images into a folder for "
+    "each class."
+  )
 
 
 def test_a_run_is_evaluated_on_its_own_splits(tmp_path):
@@ -343,8 +376,18 @@ def test_mistakes_get_one_line(files, tmp_path):
     ({"features": train, "seed": 99999999999}, "--seed: got 99999999999, must"),
     ({"features": train, "test_features": other}, "differ in features a row"),
     ({"features": train, "test_features": test, "folds": 3}, "without --folds"),
-    ({"features": few}, '--folds: 5 asked for, but class "class 0" has'),
-    ({"features": train, "per_class": [99]}, "--per_class: 99 asked for"),
+    (
+      {"features": few},
+      '--folds: 5 asked for, but class "class 0" has 1 labelled image; label '
+      "more of it$",
+    ),
+    (
+      {"features": train, "per_class": [99]},
+      '--per_class: 99 asked for, but class "class 0" has 12 labelled images; '
+      "ask for at most 12: --per_class=12$",
+    ),
+    ({"features": train, "per_class": 0}, "--per_class: got 0, must be 1 or"),
+    ({"features": train, "probe_names": "knm"}, 'there is no "knm"; did you'),
     ({"features": train, "probe_names": ["knm"]}, 'did you mean "knn"'),
     ({"features": train, "output": str(taken)}, "exists already"),
     ({"checkpoint": str(tmp_path)}, "--checkpoint: .*no checkpoints"),

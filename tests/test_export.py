@@ -13,7 +13,7 @@ from made_run import apply, make_run
 from safetensors.numpy import load_file
 
 from simclr_jax import cli, export, model_card, torchvision_names
-from simclr_jax.config import UserError, set_field
+from simclr_jax.config import UserError, set_field, to_json
 
 IMAGENET = {
   "model__width": 1.0,
@@ -40,6 +40,7 @@ def r18(tmp_path_factory):
     pretrained=f"{folder}/before",
     **IMAGENET,
   )
+  (folder / "run" / "config.json").write_text(to_json(settings))
   (folder / "run" / "result.json").write_text(
     json.dumps(
       {
@@ -229,6 +230,10 @@ def test_the_card(r18):
     assert said in text
   assert str(folder) not in text  # where the runs lie is not published
   assert "| pretrained | before |" in text
+  # The config as it was stored, not as the network was loaded to be written.
+  (fields,) = re.findall(r"```json\n(.*?)```", text, re.S)
+  stored = json.loads((folder / "run" / "config.json").read_text())
+  assert json.loads(fields)["model"] == stored["model"]
   second = export.export(
     folder / "run", folder / "out" / "again.safetensors", kind="torchvision"
   )

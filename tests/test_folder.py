@@ -195,6 +195,32 @@ def test_gray_folders_stay_gray(tmp_path, modes, channels):
   assert ("gray images" in source.note) == (channels == 1)
 
 
+def test_colors_at_the_end_are_seen(tmp_path):
+  """Of 127 images, fewer than twice as many as are looked at."""
+  for i in range(127):
+    image = PIL.Image.fromarray(photo(4, 4)).convert("RGB" if i > 63 else "L")
+    file = tmp_path / f"{'b' if i > 63 else 'a'}" / f"{i:03}.png"
+    file.parent.mkdir(exist_ok=True)
+    image.save(file)
+  assert open_tree(tmp_path).channels == 3
+
+
+@pytest.mark.parametrize("factor", [1, 16])
+def test_12_bits_in_16_are_said_to_be_dark(tmp_path, factor):
+  for i in range(3):
+    pixels = np.full((4, 5), (4095 - i) * factor, np.uint16)
+    PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+  source = open_tree(tmp_path)
+  assert source.channels == 1
+  assert source[0][0].max() == 4095 * factor >> 8
+  dark = (
+    " Images of 16 bits have no value above 4095 of 65535, so they are nearly "
+    "black; store them scaled to all 16 bits."
+  )
+  assert source.note.endswith(dark) == (factor == 1)
+  assert ("16 bits" in source.note) == (factor == 1)
+
+
 # -- what is left out ---------------------------------------------------------
 
 
@@ -310,17 +336,53 @@ def test_csv_with_splits(tmp_path):
   assert contents(open_tree(tmp_path, "test")) == {3: 0}
   assert contents(open_tree(tmp_path, "val")) == {4: 1}
   assert message_of(tmp_path, "vall") == (
-    f'folder:{tmp_path} has no split "vall"; there are: all, test, train, val. '
-    "To evaluate, hold out a part of the labelled images with "
-    "data.eval_fraction=0.2 or add a column split to the csv; else set "
-    "data.eval_split= (to nothing)."
+    f'folder:{tmp_path} has no split "vall"; there are: all, test, train, val.'
   )
+
+
+def test_a_split_that_is_not_there(tmp_path):
+  """How to get one is said of "test" alone."""
+  write_tree(tmp_path, PETS)
+  start = f'folder:{tmp_path} has no split "{{}}"; there are: all, train.'
+  assert message_of(tmp_path, "") == start.format("")
+  assert message_of(tmp_path, "test") == start.format("test") + (
+    " Hold out a part of the labelled images with data.eval_fraction=0.2, or "
+    "add a column split to the csv."
+  )
+  # Half an image of each class.
+  assert message_of(tmp_path, "test", eval_fraction=0.1) == (
+    start.format("test")
+    + " data.eval_fraction=0.1 of its labelled images is none; label more, or "
+    "raise it."
+  )
+
+
+def test_what_nobody_sees_makes_no_class_of_its_own(tmp_path):
+  """An accent apart from its letter, and spaces without width."""
+  text = "file,label\na.png,caf\u00e9\nb.png,cafe\u0301\u200b\nc.png,x\n"
+  write_tree(tmp_path / "csv", FLAT | {"labels.csv": text})
+  assert open_tree(tmp_path / "csv").label_names == ("caf\u00e9", "x")
+  files = {f"{c}/{i}.png": i for i in range(2) for c in ("cafe\u0301", "x")}
+  write_tree(tmp_path / "tree", files | {"caf\u00e9/7.png": 7})
+  source = open_tree(tmp_path / "tree")
+  assert source.label_names == ("caf\u00e9", "x")
+  assert np.bincount(source.labels).tolist() == [3, 2]
+  assert "No image" not in source.note
+  assert len(source.fetch(range(5))) == 5
 
 
 @pytest.mark.parametrize(
   "text, message",
   [
     ("", " is empty; its first line is file,label."),
+    (
+      "file,label, Label\na.png,x,y\n",
+      ': its first line has "label" more than once; keep one of these columns.',
+    ),
+    (
+      "file,label,file\na.png,x,b.png\n",
+      ': its first line has "file" more than once; keep one of these columns.',
+    ),
     (
       "a.png,cat\nb.png,dog\n",
       ": its first line must be file,label or file,label,split; it is "
@@ -527,7 +589,7 @@ def test_hold_out_is_seeded_and_lasts(tmp_path):
 def test_nothing_is_held_out_unasked(tmp_path):
   write_tree(tmp_path, PETS)
   assert len(open_tree(tmp_path)) == 4
-  assert 'has no split "test"; there are: all, train. To evaluate' in (
+  assert 'has no split "test"; there are: all, train.' in (
     message_of(tmp_path, "test")
   )
 
@@ -693,7 +755,8 @@ def test_opening_reads_no_pixels(tmp_path, monkeypatch):
     PIL.Image, "open", lambda f: opened.append(f) or image_open(f)
   )
   assert len(open_tree(root)) == 200
-  assert len(opened) == 64
+  assert len(opened) == 50  # of the whole tree
+  assert opened[-1] == f"{root}/196.png"
 
 
 # -- training on a folder -----------------------------------------------------
@@ -753,6 +816,12 @@ def test_labels_chosen_are_the_same_from_all_images_or_the_labelled():
     (PETS, {}, 'has 4 images in split "train", fewer than config.batch_size'),
     ({}, {}, "has no image file"),
     (PETS, {"data.eval_split": "test"}, 'has no split "test"; there are: all'),
+    (
+      PETS,
+      {"data.eval_split": "test"},
+      "give another, or nothing (config.data.eval_split=) not to evaluate.",
+    ),
+    (PETS, {"data.split": ""}, 'has no split ""; there are: all, train.'),
     (PETS, {"data.labels": "x.csv"}, 'data.labels is "x.csv"; there is no'),
     (PETS, {"data.eval_fraction": 1.0}, "data.eval_fraction must be below 1"),
     (PETS, {"data.on_error": "ignore"}, "must be one of raise, skip; got"),
@@ -782,7 +851,9 @@ def test_finetuning_needs_labels(tmp_path):
       **{"data.name": f"folder:{tmp_path}/images"},
     )
   assert str(error.value) == (
-    f'folder:{tmp_path}/images has no labelled image in split "train".'
+    f'folder:{tmp_path}/images has no labelled image in split "train"; write a '
+    "labels.csv (columns file,label) into it, or sort images into a folder for "
+    "each class."
   )
 
 

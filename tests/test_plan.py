@@ -194,6 +194,33 @@ def test_a_dataset_that_is_not_there_leaves_hours_out(config, tmp_path, capsys):
   assert plan._images(other, 7) == (7, {})
 
 
+def test_the_bare_recipe_of_a_folder_is_not_planned(monkeypatch, capsys):
+  """Unless the number of images is given; what is assumed then is said."""
+  monkeypatch.setattr(
+    plan,
+    "estimate",
+    lambda config, **known: (
+      known
+      | dict.fromkeys(("total", "state", "input", "activations", "seconds"), 0)
+      | {"flops": 1.0}
+    ),
+  )
+  config = cli.load_recipe("folder", stage="pretrain")
+  with pytest.raises(UserError) as error:
+    plan.plan(config)
+  assert str(error.value) == (
+    'config.data.name is "folder:"; name the folder of the images '
+    "(--config.data.name=folder:PATH), or plan without with --images=N."
+  )
+  found = plan.plan(config, images=5120)
+  out = capsys.readouterr().out
+  assert found["channels"] == 3 and found["num_classes"] == 1000
+  assert (
+    "plan: assuming 3 channels and 1000 classes, as folder: cannot be opened\n"
+  ) in out
+  assert "such as 312 (A100), 989 (H100)" in out
+
+
 def test_the_network_of_a_checkpoint_is_planned(config, monkeypatch):
   def resolve_network(config):
     set_field(config, "model.width", 0.125)

@@ -19,8 +19,8 @@ import sklearn.datasets
 
 from simclr_jax import data
 from simclr_jax.config import UserError
+from simclr_jax.sources import as_flags, make_source
 from simclr_jax.sources import decode as decode_module
-from simclr_jax.sources import make_source
 from simclr_jax.sources.decode import decode
 
 
@@ -143,8 +143,8 @@ def test_unknown_names(name, split, message):
 @pytest.mark.parametrize(
   "options, end",
   [
-    ({"labels": "a.csv"}, "(leave data.labels at nothing)."),
-    ({"eval_fraction": 0.2}, "(leave data.eval_fraction at 0.0)."),
+    ({"labels": "a.csv"}, "Set data.labels= (to nothing)."),
+    ({"eval_fraction": 0.2}, "Set data.eval_fraction=0.0."),
   ],
 )
 def test_options_of_folders_are_refused_elsewhere(options, end):
@@ -152,8 +152,24 @@ def test_options_of_folders_are_refused_elsewhere(options, end):
     make_source("digits", split="train", **options)
   (field,) = options
   assert str(error.value) == (
-    f"data.{field} is for folder:PATH; digits has labels and splits of its own "
-    + end
+    f"data.{field} is for folder:PATH; digits has labels and splits of its "
+    f"own. {end}"
+  )
+
+
+@pytest.mark.parametrize("name", ["digits", "folder:x", "tfds:x"])
+def test_a_negative_seed_is_refused_in_one_line(name):
+  with pytest.raises(UserError) as error:
+    make_source(name, split="train", seed=-1)
+  assert str(error.value) == "the seed of a split must not be negative: -1."
+
+
+def test_fields_become_flags():
+  text = (
+    "config.data.name, data.labels. data.eval_fraction=0.2, data.eval_split"
+  )
+  assert as_flags(text, name="--data") == (
+    "--data, --labels. --eval_fraction=0.2, data.eval_split"
   )
 
 

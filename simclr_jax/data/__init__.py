@@ -2,8 +2,9 @@
 
 Batch t of a run is a pure function of (seed, t): nothing is stored, a run
 resumes at any step, and it is the same batch for any number of hosts, from
-memory or streamed. (Where damaged images are skipped, a choice of few labels
-may fall on others when streamed: it is made before they are read.)
+memory or streamed. Exception: with on_error="skip" and few labels a streamed
+dataset may choose other images, because labels are chosen before damage is
+known.
 """
 
 from simclr_jax.data.few_labels import label_subset

@@ -2,7 +2,7 @@
 
 Processes of several hosts may write the same at one time, to a shared disk.
 Each writes under a name of its own, which becomes the right one when all is
-there. The first to end is kept.
+there. The first complete one is kept.
 """
 
 import contextlib

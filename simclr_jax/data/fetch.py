@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from simclr_jax.config import UserError
+from simclr_jax.config import UserError, nearest
 from simclr_jax.sources import Source
 
 # What happens at a damaged image: an error; the next good image of a seeded
 # order in its place (training); nothing in its place (evaluation).
 ON_ERROR = ("raise", "skip", "drop")
+
+
+def check_on_error(on_error: str) -> None:
+  """Raises UserError for what is not in ON_ERROR."""
+  if on_error not in ON_ERROR:
+    raise UserError(
+      f'on_error must be one of {", ".join(ON_ERROR)}; got "{on_error}"'
+      f"{nearest(str(on_error), ON_ERROR)}"
+    )
 
 
 def num_cores() -> int:

@@ -21,7 +21,7 @@ from simclr_jax.sources import Source
 
 # Examples that one thread reads and decodes at a time.
 _CHUNK = 256
-# What was decoded faster than this is not kept on disk.
+# What was decoded faster than this is not kept on disk (docs/data.md says so).
 _CACHE_SECONDS = 1.0
 
 
@@ -131,6 +131,7 @@ def open_dataset(
   >>> len(open_dataset(source, canvas_size=8))
   360
   """
+  fetch.check_on_error(on_error)
   shape = (len(source), canvas_size, canvas_size, source.channels)
   size = math.prod(shape)
   if isinstance(beside, Dataset):
@@ -166,7 +167,6 @@ def load(
   on_error: str = "raise",
   seed: int = 0,
   on_skip: Callable[[str], object] | None = None,
-  num_threads: int | None = None,
   progress: Callable[[int, int], object] | None = None,
 ) -> Dataset:
   """Reads and decodes a whole source into memory, once.
@@ -178,21 +178,21 @@ def load(
     on_error: "raise", "skip" or "drop", as in `open_dataset`.
     seed: of the order that replacements come from.
     on_skip: called with a line about each damaged image.
-    num_threads: decoding threads; None is one a core.
     progress: called as progress(done, total) now and then, if given.
 
   Returns:
     A `Dataset` of N * S * S * C bytes.
 
   Raises:
-    config.UserError: a damaged image (names the record or file) or none that
-      is good, or more than fits this machine's memory.
+    config.UserError: no such `on_error`, a damaged image (names the record or
+      file) or none that is good, or more than fits this machine's memory.
 
   >>> from simclr_jax import sources
   >>> source = sources.make_source("digits", split="test")
   >>> load(source, canvas_size=8).images.shape
   (360, 8, 8, 1)
   """
+  fetch.check_on_error(on_error)
   if canvas_size < 1:
     raise ValueError(f"canvas_size is {canvas_size}; it must be 1 or more")
   total = len(source)
@@ -224,9 +224,7 @@ def load(
       images[i, :height, :width] = image
     return len(indices)
 
-  with concurrent.futures.ThreadPoolExecutor(
-    num_threads or fetch.num_cores()
-  ) as pool:
+  with concurrent.futures.ThreadPoolExecutor(fetch.num_cores()) as pool:
     futures = [pool.submit(fill, i) for i in range(0, total, _CHUNK)]
     try:
       done = 0

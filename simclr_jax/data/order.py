@@ -49,6 +49,8 @@ def batch_indices(
 
 def _host_block(batch_size, process_index, process_count):
   """The slice of a global batch that belongs to one host."""
+  if batch_size < 1:
+    raise config.UserError(f"batch_size must be 1 or more, got {batch_size}.")
   if batch_size % process_count:
     raise config.UserError(
       f"batch_size is {batch_size}; it must be a multiple of the "
@@ -122,8 +124,8 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches that hold every example once, in order, for evaluation.
 
-  All hosts get the same number of batches of the same shape; what is missing
-  at the end is the first example with weight 0.
+  All hosts get the same number of batches of the same shape. The last batch is
+  filled up with the first example at weight 0.
 
   Args:
     dataset: a `Dataset` or `Streamed`, or what has `len` and `gather(indices)`.

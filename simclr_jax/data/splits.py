@@ -22,9 +22,10 @@ def open_splits(
 ) -> tuple[Dataset | Streamed, Dataset | Streamed | None]:
   """Opens the training and evaluation images; None without the latter.
 
-  To fine-tune, only images with a label are taken. Decoded images are kept in
-  `decoded_images` beside `workdir`, where all stages of an experiment find
-  them; damaged ones that are skipped are listed in skipped.txt in it.
+  To fine-tune, only images with a label are taken. Decoded images, where that
+  took more than a second, are kept in `decoded_images` beside `workdir`, where
+  all stages of an experiment find them; damaged ones that are skipped are
+  listed in skipped.txt in it.
 
   Args:
     config: of a stage; `data`, `seed` and `stage` are read.
@@ -64,7 +65,8 @@ def open_splits(
     labelled = np.flatnonzero(train.labels >= 0)
     if not len(labelled):
       raise UserError(
-        f'{train.name} has no labelled image in split "{train.split}".'
+        f'{train.name} has no labelled image in split "{train.split}"'
+        f"{labels_needed(train.name)}"
       )
     if len(labelled) < len(train):
       train = train.select(labelled)
@@ -95,7 +97,13 @@ def open_splits(
 
   opened_train, opened_test = opened(train, "skip"), None
   if config.data.eval_split and train.num_classes:
-    test = _source(config, config.data.eval_split, channels)
+    try:
+      test = _source(config, config.data.eval_split, channels)
+    except UserError as error:  # The split, as all else was right for `train`.
+      raise UserError(
+        f"config.data.eval_split: {str(error).rstrip('.')}; give another, or "
+        "nothing (config.data.eval_split=) not to evaluate."
+      ) from None
     opened_test = opened(test, "drop", beside=opened_train)
     if not np.any(opened_test.labels >= 0):
       raise UserError(
@@ -114,6 +122,20 @@ def _source(config, split, channels):
     eval_fraction=config.data.eval_fraction,
   )
   return dataclasses.replace(source, channels=channels or source.channels)
+
+
+def labels_needed(name: str) -> str:
+  """Ends a sentence about a dataset without labels: how to give some.
+
+  >>> labels_needed("tfds:mnist")
+  '.'
+  """
+  if not name.startswith("folder:"):
+    return "."
+  return (
+    "; write a labels.csv (columns file,label) into it, or sort images into a "
+    "folder for each class."
+  )
 
 
 def _cache_dir(workdir):

@@ -40,8 +40,8 @@ def similarities(run: Run) -> tuple[np.ndarray, str]:
   """Cosines [n, n] of a batch, and what its rows and columns are.
 
   Of z between the two views of p pairs, which is what NT-Xent compares; where
-  there is one view, of h less its mean between images sorted by class (after
-  ReLU all of h would be alike).
+  there is one view, of h minus its mean (h is never negative, so raw cosines
+  are all near 1) between images sorted by class.
   """
   if "z" in run.samples:
     z1, z2 = np.split(unit(run.samples["z"]), 2)

@@ -1,13 +1,16 @@
 """Random access to images and labels: digits, tfds:NAME, folder:PATH.
 
-Opening a source reads no image; `Source.fetch` reads and decodes some.
+Opening a source reads no image, but for the pixels of a few 16-bit ones;
+`Source.fetch` reads and decodes some.
 """
+
+import re
 
 from simclr_jax import config
 from simclr_jax.sources import digits, folder, prepared
 from simclr_jax.sources.source import Source
 
-__all__ = ["Source", "make_source"]
+__all__ = ["Source", "as_flags", "make_source"]
 
 
 def make_source(
@@ -40,13 +43,16 @@ def make_source(
     A `Source`.
 
   Raises:
-    config.UserError: unknown name or split, or a dataset not prepared.
+    config.UserError: unknown name or split, a dataset not prepared, a
+      negative seed.
 
   Example:
     >>> source = make_source("digits", split="train")
     >>> len(source), source.num_classes, source[0][0].shape
     (1437, 10, (8, 8, 1))
   """
+  if seed < 0:
+    raise config.UserError(f"the seed of a split must not be negative: {seed}.")
   kind, _, rest = name.partition(":")
   if kind == "folder" and rest:
     return folder.open_folder(
@@ -58,10 +64,10 @@ def make_source(
     )
   known = name == "digits" or (kind == "tfds" and rest)
   if known and (labels or eval_fraction):
-    field, value = ("labels", labels) if labels else ("eval_fraction", "0.0")
+    field = "labels" if labels else "eval_fraction"
     raise config.UserError(
       f"data.{field} is for folder:PATH; {name} has labels and splits of its "
-      f"own (leave data.{field} at {'nothing' if labels else value})."
+      f"own. Set data.{field}={' (to nothing)' if labels else '0.0'}."
     )
   if name == "digits":
     return digits.open_digits(split=split, seed=seed)
@@ -71,3 +77,18 @@ def make_source(
     f'data.name is "{name}"; it must be digits, tfds:NAME or folder:PATH'
     f"{config.nearest(kind, ['digits', 'tfds', 'folder'])}"
   )
+
+
+def as_flags(text: str, *, name: str) -> str:
+  """Calls the fields of a config what they are called on a command line.
+
+  Args:
+    text: a message that names fields.
+    name: what the command calls `data.name`.
+
+  >>> as_flags("data.name: there is no folder x.", name="--data")
+  '--data: there is no folder x.'
+  """
+  text = re.sub(r"\b(config\.)?data\.name\b", name, text)
+  fields = "data_dir|labels|on_error|eval_fraction|split"
+  return re.sub(rf"\b(config\.)?data\.({fields})\b", r"--\2", text)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import PIL.Image
@@ -12,8 +13,23 @@ try:
 except ImportError:
   simplejpeg = None
 
+# Of the files of a folder that are taken for images.
+EXTENSIONS = (
+  ".bmp",
+  ".gif",
+  ".jfif",
+  ".jpe",
+  ".jpeg",
+  ".jpg",
+  ".png",
+  ".tif",
+  ".tiff",
+  ".webp",
+)
 # Where EXIF data can be in a JPEG: before the pixels, in its first segments.
 _EXIF_SEARCH_BYTES = 1 << 16
+# Images of 16 bits that are read to tell whether all their bits are in use.
+_NUM_DEEP = 4
 
 
 def decode(
@@ -110,6 +126,35 @@ def has_exif(record: bytes) -> bool:
   True
   """
   return b"Exif\0" in record[:_EXIF_SEARCH_BYTES]
+
+
+def seen_in(paths: Iterable[str]) -> tuple[int, str]:
+  """Looks at the headers of some images, and at the pixels of a few.
+
+  Args:
+    paths: of image files; damaged ones are passed over.
+
+  Returns:
+    (1 where all are gray, else 3; a sentence about what is wrong with the
+    values of 16 bits, or "").
+  """
+  modes: set[str] = set()
+  largest: list[int] = []
+  for path in paths:
+    try:
+      with PIL.Image.open(path) as image:
+        modes.add(image.mode.split(";")[0])
+        if image.mode.startswith("I") and len(largest) < _NUM_DEEP:
+          largest.append(int(np.asarray(image).max()))
+    except Exception:  # Damaged: whoever reads it says so.
+      continue
+  dark = ""
+  if largest and max(largest) < 4096:
+    dark = (
+      f"Images of 16 bits have no value above {max(largest)} of 65535, so they "
+      "are nearly black; store them scaled to all 16 bits."
+    )
+  return 1 if modes and modes <= {"1", "L", "LA", "I", "F"} else 3, dark
 
 
 def _scale(size, max_size):

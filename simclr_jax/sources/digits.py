@@ -9,7 +9,7 @@ from simclr_jax.sources.source import Source
 
 
 def open_digits(*, split: str, seed: int) -> Source:
-  """The test set of the UCI optical digits, which scikit-learn bundles."""
+  """The test set of the UCI optical digits, split here into train and test."""
   import sklearn.datasets  # Takes a second to import.
 
   if split not in ("train", "test"):

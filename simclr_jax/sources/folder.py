@@ -5,17 +5,13 @@ import os
 import re
 
 import numpy as np
-import PIL.Image
 
 from simclr_jax import config
 from simclr_jax.config import UserError
-from simclr_jax.sources.labels_csv import read_labels, shown
+from simclr_jax.sources.decode import EXTENSIONS, seen_in
+from simclr_jax.sources.labels_csv import composed, read_labels, shown
 from simclr_jax.sources.source import Source
 
-EXTENSIONS = (
-  *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
-  *(".png", ".tif", ".tiff", ".webp"),
-)
 # Top folders of these names are splits, and the classes are one level below.
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 # The images of such a folder beside those of classes or splits have no label.
@@ -89,18 +85,19 @@ def open_folder(
     )
   number = {name: k for k, name in enumerate(names)}
   numbers = np.array([number.get(c, -1) for c in classes], np.int32)
-  if not any(splits):
+  named = any(splits)
+  if not named:
     held_out = _held_out(files, numbers, fraction=eval_fraction, seed=seed)
     splits = ["test" if h else "train" for h in held_out]
   chosen = np.flatnonzero([split in (s, "all") for s in splits])
   if not len(chosen):
     raise UserError(
       f'folder:{shown(path)} has no split "{split}"; there are: '
-      f"{', '.join(sorted({*splits, 'all'}))}. To evaluate, hold out a part of "
-      "the labelled images with data.eval_fraction=0.2 or add a column split "
-      "to the csv; else set data.eval_split= (to nothing)."
+      f"{', '.join(sorted({*splits, 'all'}))}."
+      + ("" if named or split != "test" else _hold_out(eval_fraction))
     )
-  channels = _channels(root, files)
+  sampled = files[:: -(-len(files) // _NUM_SAMPLED)]  # all over the folder
+  channels, dark = seen_in(os.path.join(root, file) for file in sampled)
   counts = np.bincount(numbers[numbers >= 0], minlength=len(names))
   note = (
     f"folder:{shown(path)}: {len(files)} "
@@ -112,6 +109,7 @@ def open_folder(
     )
     + (f"; {_links(num_links)}" if num_links else "")
     + (f". {other}" if other else ".")
+    + (f" {dark}" if dark else "")
   )
   return _source(
     path,
@@ -167,6 +165,19 @@ def _source(
     labels=labels,
     note=note,
     read_ids=lambda indices: [(files[i], int(labels[i])) for i in indices],
+  )
+
+
+def _hold_out(fraction):
+  """How to get a split "test" where nothing names splits."""
+  if fraction:
+    return (
+      f" data.eval_fraction={fraction:g} of its labelled images is none; label "
+      "more, or raise it."
+    )
+  return (
+    " Hold out a part of the labelled images with data.eval_fraction=0.2, or "
+    "add a column split to the csv."
   )
 
 
@@ -230,7 +241,10 @@ def _find_csv(root, labels):
 
 
 def _by_folders(files, folders, labels):
-  """(class and split of each file, "" for none; how; how to say otherwise)."""
+  """Returns (classes, splits, how labels were found, how to override that).
+
+  Classes and splits are of each file, "" for none.
+  """
   parts = [file.split(os.sep) for file in files]
   tops = {p[0] for p in parts if len(p) > 1}
   split_folders = (
@@ -242,7 +256,7 @@ def _by_folders(files, folders, labels):
   if split_folders:
     splits = [p[0] if p[0] in _SPLITS else "train" for p in parts]
     parts = [p[1:] if p[0] in _SPLITS else p[-1:] for p in parts]
-  classes = [p[0] if len(p) > 1 else "" for p in parts]
+  classes = [composed(p[0]) if len(p) > 1 else "" for p in parts]
   classes = ["" if c.lower() in _UNLABELLED else c for c in classes]
   level = "second" if split_folders else "first"
   depth = 2 if split_folders else 1
@@ -266,7 +280,9 @@ def _by_folders(files, folders, labels):
       other = other if other.endswith(".") else other + "."
     return [""] * len(files), splits, f"unlabelled, {why}", other
   empty = {
-    os.path.basename(f) for f in folders if f.count(os.sep) == depth - 1
+    composed(os.path.basename(f))
+    for f in folders
+    if f.count(os.sep) == depth - 1
   }.difference(classes, _UNLABELLED)
   how = f"classes from its {level} level of folders"
   if not all(classes):
@@ -294,8 +310,9 @@ def _why_unlabelled(classes):
 
 
 def _held_out(files, labels, *, fraction, seed):
-  """bool [n]: that part of each class, one of each at least staying.
+  """bool [n], True where held out: `fraction` of each class.
 
+  At least one image of each class stays in training.
   An image is drawn by a hash of its name, so that further images and labels
   move few of those that were there.
   """
@@ -317,19 +334,6 @@ def _held_out(files, labels, *, fraction, seed):
     members = labelled[labels[labelled] == label]
     mask[sorted(members, key=draws.get)[:quota]] = True
   return mask
-
-
-def _channels(root, files):
-  """1 where all of some files, spread over the folder, are gray, else 3."""
-  modes = set()
-  step = max(1, len(files) // _NUM_SAMPLED)
-  for file in files[::step][:_NUM_SAMPLED]:
-    try:
-      with PIL.Image.open(os.path.join(root, file)) as image:
-        modes.add(image.mode.split(";")[0])
-    except Exception:  # Damaged: whoever reads it says so.
-      continue
-  return 1 if modes and modes <= {"1", "L", "LA", "I", "F"} else 3
 
 
 def _class_list(names, counts):

@@ -9,7 +9,9 @@ from simclr_jax.config import UserError
 
 
 def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
-  """Reads `file,label[,split]`, with this first line; other columns are free.
+  """Reads a csv whose first line names the columns file, label and maybe split.
+
+  Other columns are ignored.
 
   Args:
     path: of the csv, UTF-8; a file's name may have any bytes.
@@ -37,14 +39,20 @@ def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
     ) from None
   if not rows:
     raise UserError(f"{shown(path)} is empty; its first line is file,label.")
-  header = [name.strip().lower() for name in rows[0][1]]
+  header = [_clean(name).lower() for name in rows[0][1]]
   if "file" not in header or "label" not in header:
     raise UserError(
       f"{shown(path)}: its first line must be file,label or file,label,split; "
       f'it is "{shown(",".join(rows[0][1]))}".'
     )
+  for name in ("file", "label", "split"):
+    if header.count(name) > 1:
+      raise UserError(
+        f'{shown(path)}: its first line has "{name}" more than once; keep one '
+        "of these columns."
+      )
   position = {file: i for i, file in enumerate(files)}
-  composed = {unicodedata.normalize("NFC", file): file for file in files}
+  file_of = {composed(file): file for file in files}
   labels, splits = [""] * len(files), [""] * len(files)
   line_of: dict[str, int] = {}
   for line, row in rows[1:]:
@@ -56,12 +64,11 @@ def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
       )
     fields = dict(zip(header, (field.strip() for field in row), strict=True))
     given = os.path.normpath(fields["file"])
-    # A Mac writes an accent apart from its letter.
-    file = composed.get(unicodedata.normalize("NFC", given), given)
-    file = given if given in position else file
+    file = given if given in position else file_of.get(composed(given), given)
     if file not in position:
       raise UserError(f"{where}: {_unknown(fields['file'], files)}")
-    i, value = position[file], (fields["label"], fields.get("split", ""))
+    value = _clean(fields["label"]), _clean(fields.get("split", ""))
+    i = position[file]
     for name, text in zip(("label", "split"), value, strict=True):
       if not _is_utf8(text):  # It would be a class of its own.
         raise UserError(
@@ -80,6 +87,20 @@ def read_labels(path: str, files: list[str]) -> tuple[list[str], list[str]]:
   if "split" in header:
     splits = [split or "train" for split in splits]
   return labels, splits
+
+
+def composed(name: str) -> str:
+  """The same name with each accent in its letter; a Mac writes them apart.
+
+  >>> len("e\u0301"), len(composed("e\u0301"))
+  (2, 1)
+  """
+  return unicodedata.normalize("NFC", name)
+
+
+def _clean(text):
+  """Without what nobody sees, so that no class is two."""
+  return composed(text.strip().strip("\u200b\u2060\ufeff").strip())
 
 
 def _rows(path, reader):

@@ -12,7 +12,7 @@ from simclr_jax.sources.decode import decode
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-  """Images and labels by index; what every dataset looks like to `data.py`.
+  """Images and labels by index; what every dataset looks like to `data`.
 
   Attributes:
     name: what the user wrote, such as "tfds:cifar10".
