@@ -232,7 +232,7 @@ def measure_stream(args):
     for end, decoder in ends.items():
       for name, of, n in (("streamed", source, 1), ("packed", packed, 8)):
         forms[name + end] = batches_of(of, decoder, n)
-        epochs[name + end] = n  # packed ones are short
+        epochs[name + end] = n  # packed images take little time: 8 epochs
     if args.peer:
       forms["torchvision, two views"] = peer(args.peer, folder)
     seconds = alternating(forms, args.rounds)
@@ -339,7 +339,7 @@ def measure_records(args):
       found.append([float(x) for x in done.stdout.split()])
   number, seconds, gib = np.median(found, axis=0)
   yield row("records", number)
-  if not args.records_dir:  # else they may have been there
+  if not args.records_dir:  # those in a given folder may be older
     yield row("packing them", number / written, "records/s")
   yield row("start-up to the first batch", seconds, "s", at_most=10)
   yield row("memory above the baseline", gib, "GiB", at_most=1)

@@ -101,7 +101,7 @@ def kill(pid, workdir, rng, *, during_save):
   os.kill(pid, signal.SIGKILL)
   _, status = os.waitpid(pid, 0)
   code = os.waitstatus_to_exitcode(status)
-  if code != -signal.SIGKILL:  # it was faster
+  if code != -signal.SIGKILL:  # it had ended before
     return code, False
   return None, bool(half_written(workdir) - stale)
 

@@ -158,7 +158,8 @@ class Advice:
     """name -> (whether it holds now, how often in a row it must, text)."""
     n, t = self._num_pairs, self._temperature
     uniform = metrics.uniform_loss(n)
-    # Views that agree among orthogonal others have this loss: no more to learn.
+    # The loss where views agree and all others are orthogonal to them: little
+    # is left to learn then.
     rest = 2 * math.log1p((2 * n - 2) * math.exp(-1 / t))
     higher = 1 / math.log((2 * n - 2) / 0.1) if n > 1 else 1.0
     rank = values.get("effective_rank", math.inf)

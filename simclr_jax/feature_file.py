@@ -3,8 +3,8 @@
 Columns: "features" float32 [n, C], "files", "labels" int32 (-1 unknown) and,
 from a network with a classifier, "predictions" int32. Beside them stand
 "label_names" and "about", a JSON object of what made the file. The first
-about["num_outputs"] of label_names are the classifier's; about["data_classes"]
-are the numbers of the dataset's own, in its order.
+about["num_outputs"] names are those of the classifier's outputs;
+about["data_classes"] are the dataset's own classes, as numbers in its order.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ def read_to_fit(path, test_path="") -> list[Features]:
 
 
 def _own_names(file):
-  """Names of the dataset's classes, and of those that labels have got since."""
+  """Names of the dataset's classes, and of others that labels now have."""
   classes = file.about.get("data_classes")
   if classes is None:
     return file.label_names
@@ -185,7 +185,7 @@ def renumber(values, names: Sequence[str], new_names: Sequence[str]):
 
 
 def _fitted(train, test, path, test_path):
-  """Both, with the names of the longer where classes have only numbers."""
+  """Both; where classes have only numbers, with the longer list of names."""
   names = max(train.label_names, test.label_names, key=len)
   if names == tuple(map(str, range(len(names)))):
     train, test = (

@@ -24,13 +24,14 @@ def batch_norm(
     train: whether they normalize by the batch's moments, or by the moving ones.
     dtype: of what they return; parameters and moments are float32 or above.
     axis_name: of the mapped axis whose devices share moments.
-    group_size: how many neighbours share them; 0 is all.
+    group_size: how many neighbours share them; 0 is all. The moving averages
+      are of all groups, so that devices end a step with one state.
     initializing: whether variables are only made, outside a mapped axis.
 
   Raises:
     UserError: a group size that does not divide the devices.
   """
-  groups = None
+  groups = all_groups = None
   if axis_name is not None and train and not initializing:
     num_devices = jax.lax.axis_size(axis_name)
     group_size = group_size or num_devices
@@ -39,7 +40,9 @@ def batch_norm(
         f"bn_group_size: got {group_size}, which does not divide the "
         f"{num_devices} devices"
       )
-    if group_size == 1:  # XLA keeps collectives of one device on CPUs
+    if group_size < num_devices:
+      all_groups = axis_name
+    if group_size == 1:  # on CPUs XLA would keep collectives of one device
       axis_name = None
     elif group_size < num_devices:
       indices = np.arange(num_devices).reshape(-1, group_size)
@@ -50,6 +53,7 @@ def batch_norm(
     dtype=dtype,
     axis_name=None if initializing else axis_name,
     groups=groups,
+    all_groups=all_groups,
   )
 
 
@@ -83,6 +87,7 @@ class BatchNorm(_GivenParams, nn.Module):
   dtype: Any
   axis_name: str | None = None
   groups: tuple[tuple[int, ...], ...] | None = None
+  all_groups: str | None = None  # the axis that the moving averages are over
   use_bias: bool = True
   scale_init: Any = nn.initializers.ones
 
@@ -104,6 +109,7 @@ class BatchNorm(_GivenParams, nn.Module):
       x, scale, bias, shortcut, relu, self.axis_name, self.groups
     )
     if not self.is_initializing():
+      moments = _over_devices(moments, self.all_groups, None)
       for moving, moment in zip((mean, var), moments, strict=True):
         moving.value = MOMENTUM * moving.value + (1 - MOMENTUM) * moment
     return y

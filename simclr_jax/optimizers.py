@@ -2,8 +2,8 @@
 
 A parameter's kind is read off its path in the tree of parameters: leaves named
 "scale" and the "bias" beside one belong to BatchNorm, everything below a
-"classifier" is the supervised head, as it is {"encoder", "projection_head",
-"classifier"} that models.py builds.
+"classifier" is the supervised head: models.py builds {"encoder",
+"projection_head", "classifier"}.
 """
 
 import math

@@ -66,12 +66,12 @@ def make_stream(model, *, size: int, dtype, outputs: tuple[str, ...]):
 
 
 def make_predict(model, *, size: int, dtype, outputs: tuple[str, ...]):
-  """As `make_stream`, for what fits the memory.
+  """As `make_stream`, for outputs that fit the memory.
 
   Returns:
     predict(variables, dataset, *, batch_size) -> {name: numpy [N, ...]}.
-    `labels` of a streamed dataset are then right on every host: -1 for a
-    damaged image that was dropped, another's where one is in its place.
+    `labels` of a streamed dataset are then right on every host: for a damaged
+    image, -1 where it was dropped, or the label of the image in its place.
   """
   stream = make_stream(model, size=size, dtype=dtype, outputs=outputs)
 

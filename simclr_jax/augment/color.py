@@ -65,7 +65,7 @@ def hue(planes, delta):
     away = angle - peak
     away = jnp.abs(away - 6 * jnp.round(away / 6))
     mixed = low + spread * jnp.maximum(2 - away, 0)
-    return jnp.where(away <= 1, high, mixed)  # exactly
+    return jnp.where(away <= 1, high, mixed)  # V without rounding
 
   return [channel(peak) for peak in (0, 2, 4)]
 

@@ -85,7 +85,7 @@ def boxes_from_uniforms(u, shape, *, area_range, aspect_range):
   shortest = jnp.minimum(rint(jnp.sqrt(min_area / aspect)), tallest)
   span = tallest - shortest + 1
   height = shortest + (heights * span).astype(jnp.int32)
-  # One pixel of slack where rounding left the allowed areas.
+  # Where rounding has left the allowed areas, one pixel leads back.
   height += height * width_of(height) < min_area
   height -= height * width_of(height) > max_area
   width = width_of(height)
@@ -232,8 +232,8 @@ def by_products(images, boxes, flips, *, size, precision="highest"):
 def rows_of(planes, boxes, flips, *, size):
   """`by_products` of one image: rows by their four taps, then a product.
 
-  planes [S, C, T], boxes [v, 4], flips [v] -> [v, H, C, W]. What products waste
-  on zeros costs a CPU more than these rows.
+  planes [S, C, T], boxes [v, 4], flips [v] -> [v, H, C, W]. The first of two
+  products would mostly multiply zeros, which costs a CPU more than these rows.
   """
   num_rows, channels, columns = planes.shape
   views, dtype = len(boxes), planes.dtype

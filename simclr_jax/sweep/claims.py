@@ -100,7 +100,8 @@ def _variants(recipe, size, small, percents, seed) -> Iterator[Cell]:
       fields={"head.num_layers": depth},
     )
     for p in few:
-      # The last layer is the output, so that one layer is left out whole.
+      # Not from the last layer, which is the head's output: with one layer in
+      # all, from h.
       yield cell(
         f"finetune_head{depth}",
         p,
@@ -124,7 +125,7 @@ def _variants(recipe, size, small, percents, seed) -> Iterator[Cell]:
     teacher = cell_name("finetune", size, p, seed)
     student = {"needs": teacher, "network": small}
     yield cell("distill_direct", p, "distill", ",small", **student)
-    # As many images are seen as where all of them are there.
+    # So many epochs that as many images are seen as where there are all.
     longer = {
       "num_epochs": usual.num_epochs * 100 / p,
       "optim.warmup_epochs": usual.optim.warmup_epochs * 100 / p,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from simclr_jax.sweep.claims import Claim
 
-# For each seed; on average but not for each; not on average.
+# The gain is above 0: for each seed; only on average; not even on average.
 HOLDS, UNCLEAR, FAILS = "holds", "not for each seed", "does not hold"
 
 

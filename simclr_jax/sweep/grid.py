@@ -219,7 +219,8 @@ def check_cells(
   for cell in cells:
     try:
       config, folder = cli.parse(command(cell, workdir), stage=cell.stage)
-      # Runs ask the same, of all devices; one mistake would fail every cell.
+      # Each run checks this too, for all of its devices: found here, one
+      # mistake does not fail every cell.
       config_lib.check(config, num_devices=1)
     except UserError as error:
       text = _as_given(str(error), cell.stage, fields)
