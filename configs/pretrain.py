@@ -12,7 +12,8 @@
 
 Options: `digits,depth=18,width=0.5,epochs=20`. Any field can be set after it:
 `--config.loss.temperature=0.1`. 0, "" and "auto" mean derived; the run prints
-what they became and keeps it in config.json.
+what they became and keeps it in config.json, but for `model.conv` and
+`data.memory_gib`, which each start derives for its machine.
 """
 
 import ml_collections

@@ -238,6 +238,8 @@ def test_the_config_that_differs(workdir):
     ("optim.name", '"lars"', '"adam"'),
     ("seed", "0", "5"),
   ]
+  said = section(read_page(workdir), "config")
+  assert "What differs from the recipe digits: given, from the recipe's" in said
 
 
 def test_neighbours_against_a_loop(made):
