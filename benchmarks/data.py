@@ -319,7 +319,6 @@ def measure_records(args):
     describe=str,
     label_names=tuple("0123456789"),
     channels=3,
-    shape=(8, 8),
     fingerprint="synthetic",
   )
   with tempfile.TemporaryDirectory() as temporary:

@@ -10,7 +10,6 @@ import numpy as np
 
 from simclr_jax import (
   augment,
-  checkpoint,
   cli,
   data,
   models,
@@ -19,6 +18,7 @@ from simclr_jax import (
   predict,
   probes,
   provenance,
+  weights,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -123,27 +123,8 @@ def label_choice(config) -> dict:
   return {"percent": config.label_percent, "seed": config.seed}
 
 
-def load_pretrained(config):
-  """Reads the run in `config.pretrained`: (its config, its variables).
-
-  Raises:
-    UserError: nothing to read, or a network that has seen labels.
-  """
-  stored, variables = checkpoint.load(
-    config.pretrained, field="config.pretrained"
-  )
-  if stored.stage != "pretrain":
-    raise UserError(
-      f"config.pretrained: {config.pretrained} holds a {stored.stage} run, "
-      "which has been trained on labels; give the pretrain run before it."
-    )
-  return stored, variables
-
-
-def channels(variables: dict | None) -> int | None:
-  """Of the images that a loaded network takes; None where none is loaded."""
-  if variables is None:
-    return None
+def channels(variables: dict) -> int:
+  """Of the images that a network with these variables takes."""
   return variables["params"]["encoder"]["stem"]["conv_1"]["kernel"].shape[2]
 
 
@@ -192,7 +173,7 @@ def init(
   variables = models.init(model, jax.random.key(config.seed), images)
   if loaded is None:
     return variables
-  return checkpoint.merge(
+  return weights.merge(
     variables, loaded, new=("classifier",), where=config.pretrained
   )
 

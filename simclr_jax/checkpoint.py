@@ -1,4 +1,4 @@
-"""Orbax checkpoints that carry their config, and networks taken from them.
+"""Orbax checkpoints that carry their config.
 
 A run's directory holds `checkpoints/<step>/{state,config}`. The state is a tree
 of numpy arrays as one device has it: step, params, batch_stats and opt_state
@@ -6,10 +6,9 @@ of numpy arrays as one device has it: step, params, batch_stats and opt_state
 """
 
 import contextlib
-import difflib
 import errno
 import functools
-import hashlib
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -17,10 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import traverse_util
 
 from simclr_jax import config as config_lib
-from simclr_jax import storage
+from simclr_jax import storage, weights
 from simclr_jax.config import UserError
 
 
@@ -44,6 +42,7 @@ def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
   """
   # Orbax logs each failure three times with its trace, and raises it too.
   logging.get_absl_logger().addFilter(_is_no_trace)
+  _hide_late_futures()
   with storage.writing(_directory(workdir)):
     manager = ocp.CheckpointManager(
       _directory(workdir),
@@ -51,6 +50,8 @@ def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
         preservation_policy=ocp.checkpoint_managers.LatestN(keep),
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
+        # In this thread: others would wait for a directory that cannot be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       ),
     )
   try:
@@ -67,6 +68,18 @@ def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
 
 def _is_no_trace(record) -> bool:
   return record.levelno < 40 or "orbax" not in record.pathname
+
+
+@functools.cache  # once a process
+def _hide_late_futures() -> None:
+  """What a failed save leaves behind finds Orbax's event loop closed."""
+  shown = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      shown(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def save(manager, state: dict, config, *, extra: dict | None = None) -> None:
@@ -245,107 +258,32 @@ def load_described(workdir, *, field: str = "checkpoint"):
   variables = {k: tree[k] for k in ("params", "batch_stats")}
   about = dict(described["extra"])
   about |= {"workdir": str(workdir), "step": int(tree["step"])}
-  about["hash"] = _hash(variables)
+  about["hash"] = weights.fingerprint(variables)
   return config, variables, about
 
 
-def latest_extra(workdir) -> dict:
-  """What the newest checkpoint was saved with as `extra`; {} if there is none.
+def latest(workdir) -> tuple[int, dict, dict] | None:
+  """Describes the newest checkpoint: (step, its config, what was `extra`).
 
-  >>> latest_extra("runs/finetuned")["label_names"][:3]
-  ['0', '1', '2']
+  None where there is none that can be read. Its arrays are not read.
+
+  >>> step, config, extra = latest("runs/finetuned")
+  >>> step, config["stage"], extra["label_names"][:3]
+  (7, 'finetune', ['0', '1', '2'])
   """
   directory = _directory(workdir)
-  if not directory.exists():
-    return {}
+  if not directory.is_dir():
+    return None
   args = ocp.args.Composite(config=ocp.args.JsonRestore())
   with ocp.CheckpointManager(directory) as manager:
     found = _newest(manager, functools.partial(manager.restore, args=args))
-  return found[1]["config"]["extra"] if found else {}
-
-
-def _hash(tree) -> str:
-  digest = hashlib.sha256()
-  for name, leaf in sorted(_flatten(tree).items()):
-    digest.update(name.encode())
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  return digest.hexdigest()[:16]
+  if not found:
+    return None
+  step, items = found
+  return step, items["config"]["config"], items["config"]["extra"]
 
 
 def _check_same(expected, got, *, where: str) -> None:
-  want = {k: np.shape(v) for k, v in _flatten(expected).items()}
-  have = {k: np.shape(v) for k, v in _flatten(got).items()}
-  if problem := difference(want, have):
+  want, have = weights.shapes(expected), weights.shapes(got)
+  if problem := weights.difference(want, have):
     raise UserError(f"checkpoint {where} does not fit this run: {problem}")
-
-
-def _flatten(tree) -> dict:
-  return traverse_util.flatten_dict(tree, sep="/")
-
-
-def difference(want: dict, have: dict) -> str:
-  """Describes in one line how two {name: shape} tables differ, or "".
-
-  >>> difference({"conv_1": (3, 3)}, {"conv": (3, 3)})
-  'missing conv_1 (nearest: conv); not expected conv (nearest: conv_1)'
-  """
-  missing = sorted(want.keys() - have.keys())
-  extra = sorted(have.keys() - want.keys())
-  shapes = [
-    f"{k} has shape {have[k]}, needed {want[k]}"
-    for k in sorted(want.keys() & have.keys())
-    if want[k] != have[k]
-  ]
-
-  def more(entries):
-    return f" and {len(entries) - 5} more" if len(entries) > 5 else ""
-
-  def some(names, others):
-    shown = []
-    for name in names[:5]:
-      near = difflib.get_close_matches(name, others, n=1)
-      shown.append(name + (f" (nearest: {near[0]})" if near else ""))
-    return ", ".join(shown) + more(names)
-
-  parts = []
-  if missing:
-    parts.append(f"missing {some(missing, extra)}")
-  if extra:
-    parts.append(f"not expected {some(extra, missing)}")
-  if shapes:
-    parts.append("; ".join(shapes[:5]) + more(shapes))
-  return "; ".join(parts)
-
-
-def merge(variables: dict, loaded: dict, *, new=(), where: str) -> dict:
-  """Puts the network of another run into freshly initialised variables.
-
-  Args:
-    variables: {"params", "batch_stats"} of the new network.
-    loaded: the same from a checkpoint.
-    new: top-level names (such as "classifier") that stay as initialised.
-    where: the checkpoint, for the message.
-
-  Returns:
-    Variables of the structure and dtypes of `variables`.
-
-  Raises:
-    UserError: a name is missing or not expected, or a shape differs; all of
-      them in one line.
-
-  >>> new = {"params": {"encoder": np.zeros(1), "classifier": np.zeros(1)}}
-  >>> old = {"params": {"encoder": np.ones(1)}}
-  >>> merge(new, old, new=("classifier",), where="runs/pretrained")
-  {'params': {'encoder': array([1.]), 'classifier': array([0.])}}
-  """
-  merged = {}
-  for collection, tree in variables.items():
-    part = {k: v for k, v in tree.items() if k not in new}
-    source = {k: v for k, v in loaded[collection].items() if k in part}
-    want = {k: np.shape(v) for k, v in _flatten(part).items()}
-    have = {k: np.shape(v) for k, v in _flatten(source).items()}
-    if problem := difference(want, have):
-      raise UserError(f"{where} holds another network: {problem}")
-    cast = jax.tree.map(lambda a, b: np.asarray(b, a.dtype), part, source)
-    merged[collection] = {**tree, **cast}
-  return merged

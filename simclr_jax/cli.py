@@ -57,7 +57,10 @@ def run(train_and_evaluate, *, stage: str, argv=None) -> None:
     for name in ("top1", "top5")
     if result[name] is not None
   )
-  print(f"{stage} ({result['protocol']}): {shown or 'done'}; see {workdir}")
+  if shown:
+    print(f"{stage} ({result['protocol']}): {shown}; see {workdir}")
+  else:
+    print(f"{stage}: done, nothing was evaluated; see {workdir}")
 
 
 def setup() -> None:

@@ -131,9 +131,15 @@ def num_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
     set_field(
       config, "num_epochs", epochs_for(num_examples, stage=config.stage)
     )
-  if config.num_steps:
-    return config.num_steps
-  return int(num_examples * config.num_epochs // config.batch_size) + 1
+  steps = config.num_steps
+  if not steps:
+    steps = int(num_examples * config.num_epochs // config.batch_size) + 1
+  if steps >= 2**31:
+    raise UserError(
+      f"{steps} steps are more than a run can count; lower config.num_steps or "
+      "config.num_epochs."
+    )
+  return steps
 
 
 def epochs_for(num_examples: int, *, stage: str) -> float:
@@ -189,8 +195,12 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
       f"config.batch_size is {config.batch_size}, which {num_devices} devices "
       f"do not divide; take {divisible}, for example."
     )
-  if config.profile_steps[0] > config.profile_steps[1]:
-    raise UserError(f"config.profile_steps ends early: {config.profile_steps}.")
+  first, last = config.profile_steps
+  if (first, last) != (0, 0) and not 1 <= first <= last:
+    raise UserError(
+      f"config.profile_steps is {config.profile_steps}; expected the first and "
+      "the last step, counted from 1, such as (10,12), or (0,0) for none."
+    )
   if config.stage == "pretrain":
     if not config.data.image_size:
       raise UserError("config.data.image_size must be above 0, got 0.")
@@ -199,6 +209,11 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
 
 def _check_loss(config) -> None:
   size, batch = config.memory.size, config.batch_size
+  if batch < 2 and not size:
+    raise UserError(
+      "config.batch_size is 1, which has no other image to tell apart; take 2 "
+      "or more."
+    )
   if size % batch:
     raise UserError(
       f"config.memory.size is {size}, no multiple of config.batch_size, which "

@@ -26,6 +26,7 @@ from simclr_jax import (
   storage,
   tf_bundle,
   tf_names,
+  weights,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -105,7 +106,7 @@ def from_tensorflow(
     name: expected[path].shape if path in expected else have.get(name)
     for name, path in paths.items()
   }
-  if problem := checkpoint.difference(want, have):
+  if problem := weights.difference(want, have):
     try:
       found = tf_names.architecture(named)
       hint = (

@@ -15,6 +15,7 @@ from simclr_jax import (
   checkpoint,
   cli,
   data,
+  lineage,
   loop,
   losses,
   overview,
@@ -214,6 +215,7 @@ def train_and_evaluate(config, workdir) -> dict:
     )
   taught, teacher_variables, about = load_teacher(config)
   resolve_student(config, taught)
+  lineage.refuse_seen(config, taught, field="teacher")
   build.resolve(config)
   rundir.check_same(config, workdir)
   train, test = data.open_splits(
@@ -239,7 +241,8 @@ def train_and_evaluate(config, workdir) -> dict:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   build.check_views(config, train)
   variables = build.init(config, model, train, loaded)  # may not fit
-  rundir.claim(config, workdir)
+  rundir.check_data(workdir, len(train), label_names)
+  rundir.claim(config, workdir, num_steps)
   if done := rundir.finished(workdir, num_steps):
     return done
   _check_teacher_unchanged(config, workdir, about)
@@ -265,7 +268,9 @@ def train_and_evaluate(config, workdir) -> dict:
     constants=(teacher_variables,),
     extra={
       "label_names": list(label_names),
+      "num_images": len(train),
       "labels_used": about["labels_used"],
+      "pretrained": lineage.began_from(loaded, workdir),
       "teacher": {k: about[k] for k in ("workdir", "step", "hash")},
     },
   )
@@ -283,7 +288,8 @@ def train_and_evaluate(config, workdir) -> dict:
 
 def _check_teacher_unchanged(config, workdir, about: dict) -> None:
   """Raises UserError where a run would be continued with other labels."""
-  stored = checkpoint.latest_extra(workdir).get("teacher", about)
+  found = checkpoint.latest(workdir)
+  stored = found[2].get("teacher", about) if found else about
   if stored["hash"] != about["hash"]:
     raise UserError(
       f"config.teacher: {config.teacher} was at step {stored['step']} when the "

@@ -13,6 +13,7 @@ from simclr_jax import (
   build,
   cli,
   data,
+  lineage,
   loop,
   losses,
   models,
@@ -21,6 +22,7 @@ from simclr_jax import (
   rundir,
   snapshots,
   storage,
+  weights,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -164,7 +166,7 @@ def train_and_evaluate(config, workdir) -> dict:
   build.resolve(config)
   rundir.check_same(config, workdir)
   train, test = data.open_splits(
-    config, workdir, channels=build.channels(loaded)
+    config, workdir, channels=loaded and build.channels(loaded)
   )
   used = build.label_choice(config)
   train = train.select(
@@ -174,7 +176,8 @@ def train_and_evaluate(config, workdir) -> dict:
   linear = config.freeze_after_block == 4
   model = make_model(config, num_classes=train.num_classes)
   build.check_views(config, train)
-  rundir.claim(config, workdir)
+  rundir.check_data(workdir, len(train), train.label_names)
+  rundir.claim(config, workdir, num_steps)
   if done := rundir.finished(workdir, num_steps):
     return done
 
@@ -188,6 +191,7 @@ def train_and_evaluate(config, workdir) -> dict:
     loaded=loaded and loaded["params"],
   )
   optimizer = build.make_optimizer(config, schedule, trainable=trainable)
+  began = lineage.began_from(loaded, workdir)
   state, metrics = loop.run(
     build.init_state(variables, optimizer),
     make_step(config, model, optimizer),
@@ -203,10 +207,12 @@ def train_and_evaluate(config, workdir) -> dict:
     },
     extra={
       "label_names": list(train.label_names),
+      "num_images": len(train),
       "labels_used": used,
+      "pretrained": began,
     },
   )
-  if linear:
+  if linear and (began is None or began["hash"] == weights.fingerprint(loaded)):
     _assert_encoder_unchanged(variables, state)
   result = rundir.write_result(
     workdir,
@@ -238,7 +244,9 @@ def resolve_network(config) -> dict | None:
     config_lib.fill(config, scratch, names)
     print("finetune: config.pretrained is empty, so training from scratch")
     return None
-  stored, loaded = build.load_pretrained(config)
+  stored, loaded = lineage.load_pretrained(config)
+  if stored.loss.name == "supcon":
+    _refuse_known_labels(config, stored)
   where = f"the checkpoint {config.pretrained}"
   config_lib.inherit(config, config_lib.flat(stored), names, where=where)
   if config.head_layer > config.head.num_layers:
@@ -248,6 +256,18 @@ def resolve_network(config) -> dict | None:
       f"{config.head.num_layers}."
     )
   return loaded
+
+
+def _refuse_known_labels(config, stored) -> None:
+  """Few labels say nothing about a network that was trained on all of them."""
+  lineage.refuse_seen(config, stored, field="pretrained")
+  few = config.label_percent < 100 or config.labels_per_class
+  if few and config.data.name == stored.data.name:
+    raise UserError(
+      f"config.pretrained: {config.pretrained} was trained with "
+      "loss.name=supcon on all labels of these images; leave label_percent at "
+      "100 and labels_per_class at 0, or pretrain without labels."
+    )
 
 
 def _protocol(config) -> str:

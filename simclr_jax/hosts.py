@@ -232,6 +232,6 @@ def unused_accelerator() -> str:
   else:
     return ""
   return (
-    f"this machine has {found}, but JAX runs on the CPU; install the extra: "
-    f'pip install "simclr_jax[{extra}]"'
+    f"this machine has {found}, but JAX runs on the CPU; install the extra, in "
+    f"the checkout: pip install '.[{extra}]'"
   )

@@ -79,11 +79,13 @@ def _lines_until(path, step: int) -> list[str]:
   if not step or not path.exists():
     return []
   kept = []
-  for line in path.read_text().splitlines(keepends=True):
+  for line in (
+    path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+  ):
     try:
       if json.loads(line)["step"] > step or not line.endswith("\n"):
         break
-    except ValueError:
+    except (ValueError, TypeError, KeyError):  # torn, or damaged
       break
     kept.append(line)
   return kept

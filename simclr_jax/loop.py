@@ -27,7 +27,7 @@ from simclr_jax import (
   storage,
   watchdog,
 )
-from simclr_jax.config import Diverged, UserError
+from simclr_jax.config import Diverged
 from simclr_jax.train_state import TrainState, tensor_names
 
 
@@ -87,11 +87,6 @@ def run(
       print(f"continuing from step {int(state.step)} in {workdir}", flush=True)
     start = int(state.step)
     _agree_on_start(start)
-    if start > num_steps:
-      raise UserError(
-        f"{workdir} has done {start} steps already, more than the {num_steps} "
-        "that are asked for; take another --workdir."
-      )
 
     def is_due(step):
       return step == num_steps or step % config.eval_every_steps == 0
@@ -196,7 +191,7 @@ def _agree_on_start(start: int) -> None:
 def _is_evaluated(workdir, step: int) -> bool:
   """Whether metrics.jsonl has the evaluation of this step."""
   file = epath.Path(workdir) / "metrics.jsonl"
-  text = file.read_text() if file.exists() else ""
+  text = file.read_bytes().decode(errors="replace") if file.exists() else ""
   found = re.search(rf'^{{"step": {step},.*"eval_.*\n', text, re.MULTILINE)
   return bool(hosts.broadcast(bool(found)))  # process 0 rewrites the file now
 

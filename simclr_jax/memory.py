@@ -83,7 +83,7 @@ def train_step(
   )
   # In the order of the global batch, which is that of the devices.
   z = jax.lax.all_gather(outputs["z"], parallel.AXIS, tiled=True)
-  place = state.step * len(z) % len(memory.queue)
+  place = state.step % (len(memory.queue) // len(z)) * len(z)
   queue = jax.lax.dynamic_update_slice_in_dim(memory.queue, z, place, axis=0)
   return stepped.replace(
     opt_state=(stepped.opt_state, Memory(params, queue))

@@ -1,7 +1,6 @@
 """A trained network, rebuilt from its run to be used on any images."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,17 +131,10 @@ def open_source(
   try:
     source = sources_lib.make_source(name, split=split, **options)
   except UserError as error:
-    raise UserError(_as_flags(str(error))) from None
+    raise UserError(sources_lib.as_flags(str(error), name="--data")) from None
   if source.channels == network.channels:
     return source
   return dataclasses.replace(source, channels=network.channels)
-
-
-def _as_flags(text: str) -> str:
-  """Calls the fields of a config what they are called on the command line."""
-  text = re.sub(r"\b(config\.)?data\.name\b", "--data", text)
-  fields = "data_dir|labels|on_error|eval_fraction|split"
-  return re.sub(rf"\b(config\.)?data\.({fields})(?=[ =;])", r"--\2", text)
 
 
 def stream(
@@ -216,4 +208,4 @@ def stream(
         found["predictions"] = rows["logits"].argmax(1).astype(np.int32)
       yield found
   except UserError as error:
-    raise UserError(_as_flags(str(error))) from None
+    raise UserError(sources_lib.as_flags(str(error), name="--data")) from None

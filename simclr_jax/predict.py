@@ -27,8 +27,8 @@ def make_stream(model, *, size: int, dtype, outputs: tuple[str, ...]):
 
   def forward(variables, batch):
     images = augment.eval_view(
-      batch.pop("image"), size=size, sizes=batch.pop("size")
-    ).astype(dtype)
+      batch.pop("image"), size=size, sizes=batch.pop("size"), dtype=dtype
+    )
     result = model.apply(variables, images, train=False)
     gather = functools.partial(
       jax.lax.all_gather, axis_name=parallel.AXIS, tiled=True

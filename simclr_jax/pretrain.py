@@ -14,6 +14,7 @@ from simclr_jax import (
   cli,
   data,
   diagnostics,
+  lineage,
   loop,
   losses,
   memory,
@@ -194,7 +195,7 @@ def train_and_evaluate(config, workdir) -> dict:
   build.resolve(config)
   rundir.check_same(config, workdir)
   train, test = data.open_splits(
-    config, workdir, channels=build.channels(loaded)
+    config, workdir, channels=loaded and build.channels(loaded)
   )
   build.refuse_few(config, train)
   _check_labels_and_memory(config, train)
@@ -202,7 +203,8 @@ def train_and_evaluate(config, workdir) -> dict:
   probe = config.probe and train.num_classes > 0
   model = make_model(config, num_classes=train.num_classes)
   build.check_views(config, train)
-  rundir.claim(config, workdir)
+  rundir.check_data(workdir, len(train), train.label_names)
+  rundir.claim(config, workdir, num_steps)
   if done := rundir.finished(workdir, num_steps):
     return done
 
@@ -238,7 +240,11 @@ def train_and_evaluate(config, workdir) -> dict:
       temperature=config.loss.temperature,
       warmup_steps=config_lib.warmup_steps(config, len(train)),
     ),
-    extra={"label_names": list(train.label_names)},
+    extra={
+      "label_names": list(train.label_names),
+      "num_images": len(train),
+      "pretrained": lineage.began_from(loaded, workdir),
+    },
   )
   result = rundir.write_result(
     workdir,
@@ -274,7 +280,7 @@ def resolve_network(config) -> dict | None:
   """
   if not config.pretrained:
     return None
-  stored, loaded = build.load_pretrained(config)
+  stored, loaded = lineage.load_pretrained(config)
   names = (*build.ENCODER, *build.HEAD, *build.VIEW)
   mine, theirs = config_lib.flat(config), config_lib.flat(stored)
   try:

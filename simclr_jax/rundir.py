@@ -7,8 +7,8 @@ import time
 import jax
 from etils import epath
 
+from simclr_jax import checkpoint, hosts, storage
 from simclr_jax import config as config_lib
-from simclr_jax import hosts, storage
 from simclr_jax.config import UserError
 
 # A run may be continued with another value of these.
@@ -24,18 +24,26 @@ _MAY_CHANGE = (
   "report",
 )
 _LENGTH = ("num_epochs", "num_steps")
+# Other runs, which may have been moved: their networks' fingerprints count.
+_NETWORKS = ("pretrained", "teacher")
 DIVERGED = "diverged.json"
 
 
-def claim(config, workdir) -> None:
+def claim(config, workdir, num_steps: int = 0) -> None:
   """Writes config.json into the run's directory, or checks what is there.
 
   Every host calls it; it is also where a directory that the hosts do not share
   is found out, and a run whose loss was not finite.
 
+  Args:
+    config: of the stage, resolved.
+    workdir: the run's directory.
+    num_steps: how many steps are asked for; 0: not known.
+
   Raises:
-    UserError: the directory cannot be written, holds another run, is not shared
-      by all hosts, or the run there diverged; or a package for it is missing.
+    UserError: the directory cannot be written, holds another run or a longer
+      one, is not shared by all hosts, or the run there diverged; or a package
+      for it is missing.
   """
   workdir = storage.root(workdir)
   file, marker = workdir / "config.json", workdir / DIVERGED
@@ -48,7 +56,7 @@ def claim(config, workdir) -> None:
   def check():
     _check_shared(workdir / ".nonce", nonce)
     if marker.exists():
-      found = _read(marker)
+      found = _read(marker, "step", "problem")
       raise UserError(
         f"--workdir={workdir} holds a run that ended because at step "
         f"{found['step']} {found['problem']}; the same command would come "
@@ -57,7 +65,13 @@ def claim(config, workdir) -> None:
         "the last checkpoint."
       )
     check_same(config, workdir)
-    length = [name for name in _changed(config, file) if name in _LENGTH]
+    done = checkpoint.latest(workdir)
+    if done and num_steps and done[0] > num_steps:
+      raise UserError(
+        f"{workdir} has done {done[0]} steps already, more than the "
+        f"{num_steps} that are asked for; take another --workdir."
+      )
+    length = [name for name in _changed(config, workdir) if name in _LENGTH]
     if length:
       print(
         f"warning: {' and '.join(length)} changed, so the learning rate of the "
@@ -107,8 +121,7 @@ def check_same(config, workdir) -> None:
   Raises:
     UserError: it does.
   """
-  file = storage.root(workdir) / "config.json"
-  changed = _changed(config, file)
+  changed = _changed(config, workdir)
   if "stage" in changed:
     was, now = changed["stage"]
     raise UserError(
@@ -125,24 +138,97 @@ def check_same(config, workdir) -> None:
     )
 
 
-def _changed(config, file) -> dict[str, tuple]:
-  """Field -> (value in the file, value now), where a run would be another."""
-  if not file.exists():
+def check_data(workdir, num_images: int, label_names) -> None:
+  """Checks that a run there began with as many images, of the same classes.
+
+  Args:
+    workdir: the run's directory.
+    num_images: that train now.
+    label_names: the classes that they have now.
+
+  Raises:
+    UserError: it began with others, whose batches cannot be continued.
+  """
+  found = checkpoint.latest(workdir)
+  if not found:
+    return
+  began = {"label_names": list(label_names), "num_images": num_images}
+  began |= found[2]  # runs of earlier versions do not say
+
+  def classes(names):
+    return f"the classes {', '.join(names[:9])}" if names else "no labels"
+
+  if began["label_names"] != list(label_names):
+    was, now = classes(began["label_names"]), classes(list(label_names))
+    hint = "" if began["label_names"] else ", --config.data.labels=none"
+    raise UserError(
+      f"{workdir} holds a run that began with {was}, and the data has {now} "
+      f"now. Give the data as it was{hint}, or take another --workdir."
+    )
+  if began["num_images"] != num_images:
+    raise UserError(
+      f"{workdir} holds a run that began with {began['num_images']} images to "
+      f"train on, and there are {num_images} now. Give the data as it was, or "
+      "take another --workdir (config.pretrained can start it from this one)."
+    )
+
+
+def _changed(config, workdir) -> dict[str, tuple]:
+  """Field -> (value stored, value now), where a run would be another."""
+  file = storage.root(workdir) / "config.json"
+  found = None
+  if file.exists():
+    stored = _read(file)
+  elif found := checkpoint.latest(workdir):  # the file was lost
+    stored = found[1]
+  else:
     return {}
-  stored = config_lib.flat(config_lib.from_json_tree(_read(file)))
-  mine = config_lib.flat(config)
-  return {
-    name: (stored.get(name), mine.get(name))
-    for name in sorted(mine.keys() | stored.keys())
-    if mine.get(name) != stored.get(name) and name not in _MAY_CHANGE
+  was = config_lib.flat(config_lib.from_json_tree(stored))
+  now = config_lib.flat(config)
+  changed = {
+    name: (was.get(name), now.get(name))
+    for name in sorted(now.keys() | was.keys())
+    if name not in _MAY_CHANGE
+    and _spelled(name, was.get(name)) != _spelled(name, now.get(name))
   }
+  if changed.get("data.labels", ("", ""))[1] == "none":
+    del changed["data.labels"]  # no more than `check_data` sees
+  for name in set(_NETWORKS) & changed.keys():
+    if now[name] and _is_same_network(name, now[name], workdir):
+      del changed[name]
+  return changed
 
 
-def _read(file) -> dict:
+def _spelled(name: str, value):
+  """One spelling of a path: absolute, without a slash at the end."""
+  if not isinstance(value, str) or not value:
+    return value
+  if name in _NETWORKS:
+    return str(storage.root(value))
+  kind, colon, path = value.partition(":")
+  if name == "data.name" and kind == "folder" and path:
+    return kind + colon + str(storage.root(path))
+  return value
+
+
+def _is_same_network(name: str, where: str, workdir) -> bool:
+  """Whether it is the one that the run in `workdir` began with."""
+  found = checkpoint.latest(workdir)
+  began = found[2].get(name) if found else None
+  if not began:
+    return False
+  about = checkpoint.load_described(where, field=f"config.{name}")[2]
+  return about["hash"] == began["hash"]
+
+
+def _read(file, *names: str) -> dict:
   try:
     found = json.loads(file.read_text())
     if not isinstance(found, dict):
       raise ValueError("no JSON object")
+    for name in names:
+      if name not in found:
+        raise ValueError(f'it has no "{name}"')
   except ValueError as error:
     raise UserError(
       f"{file} is damaged: {error}. Restore it from a copy, or take another "
@@ -156,8 +242,8 @@ def finished(workdir, num_steps: int) -> dict | None:
   file = epath.Path(workdir) / "result.json"
   if not file.exists():
     return None
-  result = _read(file)
-  if result.get("num_steps") != num_steps:
+  result = _read(file, "num_steps", "protocol", "top1", "top5")
+  if result["num_steps"] != num_steps:
     return None
   print(f"{workdir} is complete: {num_steps} steps", flush=True)
   return result

@@ -48,8 +48,8 @@ def root(workdir) -> epath.Path:
     raise UserError(f"{workdir}: must be a local path, gs://... or s3://...")
   if not importlib.util.find_spec(package):
     raise UserError(
-      f"{workdir}: needs the package {package}: pip install "
-      f'"simclr_jax[{extra}]"'
+      f"{workdir}: needs the package {package}: pip install {package}, or "
+      f"'.[{extra}]' in the checkout"
     )
   return epath.Path(workdir)
 
@@ -83,11 +83,20 @@ def writing(where) -> Iterator[None]:
       reason = os.strerror(int(code[1]))
     else:
       raise
+    intact = "The last complete checkpoint there is intact; " * _has_steps(
+      where
+    )
     raise UserError(
-      f"{where} cannot be written: {reason}. The last complete checkpoint "
-      "there is intact; make room or give it back, and start the same command "
-      "again."
+      f"{where} cannot be written: {reason}. {intact}make room or give it "
+      "back, and start the same command again."
     ) from None
+
+
+def _has_steps(where) -> bool:
+  try:
+    return any(child.name.isdigit() for child in epath.Path(where).iterdir())
+  except OSError:
+    return False
 
 
 @contextlib.contextmanager

@@ -156,6 +156,12 @@ def test_a_row_depends_on_key_and_index_alone():
   assert not np.array_equal(views[0], views[8])
 
 
+def test_views_and_images_share_no_draw():
+  for name, u in augment._draw(KEY, jnp.arange(8), 2).items():
+    assert np.all(u[0] != u[1]), name
+    assert np.all(u[:, 1:] != u[:, :-1]), name
+
+
 def test_devices_and_vmap_make_the_same_views():
   views, n = views_of(), jax.device_count()
   assert n == 8

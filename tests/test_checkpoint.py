@@ -49,6 +49,11 @@ def test_load_gives_config_and_network_of_the_latest_step(tmp_path):
   assert len(about["hash"]) == 16
   write(tmp_path, 6)
   assert checkpoint.load_described(tmp_path)[2]["hash"] != about["hash"]
+  state["step"] = np.asarray(7)
+  state["batch_stats"] = jax.tree.map(lambda x: x + 1, state["batch_stats"])
+  with checkpoint.open_manager(tmp_path, keep=1) as manager:
+    checkpoint.save(manager, state, CONFIG)
+  assert checkpoint.load_described(tmp_path)[2]["hash"] != about["hash"]
 
 
 def test_a_relative_workdir_works(tmp_path, monkeypatch):
@@ -60,8 +65,8 @@ def test_a_relative_workdir_works(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "workdir, message",
   [
-    ("gs://bucket/run", r"needs the package gcsfs: .*simclr_jax\[gcs\]"),
-    ("s3://bucket/run", r"needs the package s3fs: .*simclr_jax\[s3\]"),
+    ("gs://bucket/run", r"the package gcsfs: pip install gcsfs, .*\[gcs\]"),
+    ("s3://bucket/run", r"needs the package s3fs: pip install s3fs, .*\[s3\]"),
     ("hdfs://host/run", r"must be a local path, gs://"),
   ],
 )
@@ -153,6 +158,9 @@ def test_restore_refuses_another_network(tmp_path):
   message = str(error.value)
   assert "missing encoder/extra" in message
   assert "encoder/conv/kernel has shape (3, 2), needed (3, 5)" in message
+  with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with pytest.raises(UserError, match="not expected encoder/bn/mean"):
+      checkpoint.restore_latest(manager, make_state(0) | {"batch_stats": {}})
 
 
 @pytest.mark.parametrize(
@@ -167,28 +175,3 @@ def test_load_says_what_is_wrong(tmp_path, make, message):
   with pytest.raises(UserError, match=message) as error:
     checkpoint.load(make(tmp_path), field="config.pretrained")
   assert str(error.value).startswith("config.pretrained: ")
-
-
-def test_merge_takes_all_but_what_is_new():
-  new, old = make_state(1), make_state(2)
-  names = ("params", "batch_stats")
-  new, old = ({k: s[k] for k in names} for s in (new, old))
-  old["params"]["classifier"]["bias"] = np.ones(7, np.float32)
-  merged = checkpoint.merge(new, old, new=("classifier",), where="run X")
-  assert merged["params"]["encoder"] is not new["params"]["encoder"]
-  np.testing.assert_equal(merged["params"]["encoder"], old["params"]["encoder"])
-  np.testing.assert_equal(
-    merged["params"]["classifier"], new["params"]["classifier"]
-  )
-  with pytest.raises(UserError, match=r"run X holds another network: .*\(7,\)"):
-    checkpoint.merge(new, old, where="run X")
-
-
-def test_merge_names_what_is_missing_and_the_nearest():
-  new = {"params": {"encoder": {"conv_1": np.zeros(1)}}}
-  old = {"params": {"encoder": {"conv_2": np.zeros(1)}}}
-  with pytest.raises(UserError) as error:
-    checkpoint.merge(new, old, where="run X")
-  text = str(error.value)
-  assert "missing encoder/conv_1 (nearest: encoder/conv_2)" in text
-  assert "not expected encoder/conv_2" in text

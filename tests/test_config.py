@@ -102,6 +102,23 @@ def test_warmup_steps_are_the_official_count():
   assert config_lib.warmup_steps(config, 1281167) == 3127
 
 
+@pytest.mark.parametrize("field", ["num_steps", "num_epochs"])
+def test_more_steps_than_32_bits_are_refused(field):
+  config = recipe("pretrain", "digits")
+  config_lib.set_field(config, field, 2**31)
+  with pytest.raises(UserError, match="steps are more than a run can count"):
+    config_lib.num_steps(config, num_examples=1437)
+
+
+def test_a_batch_of_one_needs_a_memory():
+  config = recipe("pretrain", "digits")
+  config_lib.set_field(config, "batch_size", 1)
+  with pytest.raises(UserError, match="no other image to tell apart; take 2"):
+    config_lib.check(config, num_devices=1)
+  config_lib.set_field(config, "memory.size", 64)
+  config_lib.check(config, num_devices=1)
+
+
 @pytest.mark.parametrize(
   "field, value, message",
   [
@@ -113,7 +130,9 @@ def test_warmup_steps_are_the_official_count():
     ("loss.temperature", 0.0, "config.loss.temperature must be above 0"),
     ("num_epochs", 0.0, "config.num_epochs or config.num_steps"),
     ("loss.block_size", -3, "config.loss.block_size must not be negative"),
-    ("profile_steps", (5, 2), "config.profile_steps ends early: (5, 2)."),
+    ("profile_steps", (5, 2), "config.profile_steps is (5, 2); expected the"),
+    ("profile_steps", (-1, 3), "config.profile_steps is (-1, 3); expected the"),
+    ("profile_steps", (0, 3), "config.profile_steps is (0, 3); expected the"),
     ("profile_steps", (3,), "config.profile_steps must be two numbers, got"),
     ("augment.area_range", (0.1, 0.2, 0.3), "area_range must be two numbers"),
     ("augment.area_range", ("a", "b"), "area_range must be two numbers, got"),

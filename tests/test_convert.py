@@ -549,7 +549,7 @@ def test_repeated_class_names_get_their_number(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
   "workdir, message",
   [
-    ("gs://bucket/run", r"needs the package gcsfs: .*simclr_jax\[gcs\]"),
+    ("gs://bucket/run", r"needs the package gcsfs: .*\[gcs\]"),
     ("hdfs://host/run", r"must be a local path, gs://"),
   ],
 )

@@ -237,7 +237,6 @@ def source_of(images, labels=None, fails_at=(), reads=None):
     describe=lambda index: f"image {index}",
     label_names=("a", "b"),
     channels=images[0].shape[-1],
-    shape=None,
     fingerprint="",
   )
 
@@ -507,7 +506,6 @@ def numbered(num_examples=1300):
     describe=str,
     label_names=("a", "b", "c"),
     channels=1,
-    shape=(4, 4),
     fingerprint="numbered",
     read_ids=read_ids,
   )

@@ -24,7 +24,7 @@ LAYERS = (
   ("fields", {"fields"}),
   ("base", {"config"}),
   ("places", {"storage"}),
-  ("parts", {"layers", "pooling", "train_state"}),
+  ("parts", {"layers", "pooling", "train_state", "weights"}),
   (
     "leaves",
     {
@@ -50,7 +50,7 @@ LAYERS = (
       "watchdog",
     },
   ),
-  ("of a run", {"diagnostics", "overview", "rundir"}),
+  ("of a run", {"diagnostics", "lineage", "overview", "rundir"}),
   (
     "middle",
     {

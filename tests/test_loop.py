@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from simclr_jax import checkpoint, logs, loop, parallel, rundir
+from simclr_jax import checkpoint, logs, loop, parallel, rundir, storage
 from simclr_jax.config import Diverged, UserError
 from simclr_jax.train_state import TrainState
 
@@ -136,6 +136,37 @@ def test_lines_are_at_the_steps_of_the_config(whole):
     (14, False),
     (14, True),
   ]
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+  """The batches here are the same: the key is what differs."""
+  state, _ = train(tmp_path, config=make_config(seed=4))
+  noise = [s.batch_stats["encoder"]["mean"] for s in (state, whole[0])]
+  assert np.all(noise[0] != noise[1])
+
+
+def test_lines_are_handed_over_before_each_save(tmp_path, monkeypatch):
+  """A remote metrics.jsonl has no line before that."""
+  calls = []
+
+  def noted(name, fn):
+    return lambda *args, **options: calls.append(name) or fn(*args, **options)
+
+  for module, name in ((logs.MetricsWriter, "flush"), (checkpoint, "save")):
+    monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+  train(tmp_path, 9)
+  # At steps 4, 8 and 9, then once more at the end.
+  assert calls == ["flush", "save"] * 3 + ["flush"]
+
+
+def test_replaced_images_are_counted_on_all_devices(tmp_path):
+  def marked(start):
+    for batch in batches(start):
+      yield batch | {"replaced": np.arange(16) % 3 == 0}
+
+  train(tmp_path, 2, batches=marked)
+  counts = [row["replaced"] for row in lines(tmp_path) if "replaced" in row]
+  assert counts == [6, 6]
 
 
 class Killed(BaseException):
@@ -356,6 +387,28 @@ def test_a_full_disk(whole, tmp_path, quiet, caplog, capfd):
   assert_same_state(train(tmp_path)[0], whole[0])
 
 
+@pytest.mark.parametrize(
+  "damaged", [b"null", b"3", b"[1]", b"{}", b'{"step": "1"}', b"\xff\xfe"]
+)
+def test_damaged_lines_end_what_is_kept(damaged, tmp_path):
+  file = tmp_path / "metrics.jsonl"
+  good = b'{"step": 1, "loss": 2.0}\n{"step": 2, "eval_top1": 0.5}\n'
+  file.write_bytes(good + damaged + b"\n" + good)
+  assert "".join(logs._lines_until(file, 5)) == good.decode()
+  assert loop._is_evaluated(tmp_path, 2) and not loop._is_evaluated(tmp_path, 1)
+
+
+def test_an_intact_checkpoint_is_named_where_there_is_one(tmp_path):
+  def message():
+    with pytest.raises(UserError) as error, storage.writing(tmp_path):
+      raise OSError(28, "No space left on device")
+    return str(error.value)
+
+  assert "checkpoint there is" not in message()
+  (tmp_path / "7").mkdir()
+  assert "The last complete checkpoint there is intact; make room" in message()
+
+
 def test_a_lost_directory(tmp_path):
   def lost(start):
     for step, batch in enumerate(batches(start), start):
@@ -420,7 +473,8 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 def test_finished(tmp_path):
   assert rundir.finished(tmp_path, 5) is None
-  rundir.write_result(tmp_path, {"num_steps": 5, "top1": 0.5})
+  result = {"num_steps": 5, "protocol": "knn", "top1": 0.5, "top5": 0.9}
+  rundir.write_result(tmp_path, result)
   assert rundir.finished(tmp_path, 5)["top1"] == 0.5
   assert rundir.finished(tmp_path, 6) is None
 

@@ -78,6 +78,14 @@ def test_nt_xent_is_the_papers_formula(normalize, block_size):
   np.testing.assert_allclose(values["contrastive_entropy"], entropy, rtol=1e-13)
   assert 0 < accuracy < 1
   np.testing.assert_allclose(values["contrastive_accuracy"], accuracy)
+  assert ("alignment" in values) == normalize
+  if normalize:
+    alignment = metrics.alignment(*z)
+    np.testing.assert_allclose(values["alignment"], alignment, rtol=1e-12)
+    uniformity = metrics.uniformity(np.concatenate(z))
+    np.testing.assert_allclose(
+      np.log(values["gaussian_potential"]), uniformity, rtol=1e-12
+    )
 
 
 def golden_input(case):

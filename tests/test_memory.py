@@ -221,6 +221,15 @@ def test_the_moving_average_and_the_queue(one_device):
     np.testing.assert_allclose(kept.queue, queue, rtol=1e-8, atol=1e-10)
 
 
+def test_the_queue_goes_around_after_2_to_31_images(start):
+  """Where steps times images are beyond int32, in thirds of a queue."""
+  state = start.replace(opt_state=start.opt_state[0])
+  state = memory.remember(state, size=3 * BATCH, dim=8, dtype=np.float64)
+  state = state.replace(step=np.int32(2**31 // BATCH + 1))  # 3 divides it
+  queue = steps(state, 1, 1)[1][0].opt_state[1].queue
+  assert np.all(np.any(queue, axis=1) == (np.arange(3 * BATCH) < BATCH))
+
+
 def test_a_step_sees_the_memory_of_the_step_before(one_device):
   def step_fn(state, batch, key, negatives):
     nt_xent_fn = test_steps.nt_xent(negatives=negatives)

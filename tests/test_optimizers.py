@@ -190,6 +190,14 @@ def test_lars_is_numpys_in_float64(classifier_l2):
   assert_same(after[-1], numpy_lars(params, grads, 0.1, classifier_l2))
 
 
+def test_lars_without_a_gradient_leaves_what_is_there():
+  """As at the first step of fine-tuning, whose classifier is 0."""
+  params = {"kernel": jnp.ones((2, 2))}
+  optimizer = optimizers.lars(0.5, weight_decay=0.0)
+  after, _, _ = run(optimizer, params, [{"kernel": jnp.zeros((2, 2))}])
+  np.testing.assert_array_equal(after[0]["kernel"], params["kernel"])
+
+
 @pytest.mark.usefixtures("x64")
 def test_momentum_is_nesterov_with_l2():
   params, grads = random_trees(3)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -16,10 +17,15 @@ from simclr_jax import (
   distill,
   finetune,
   loop,
+  models,
   network,
+  parallel,
+  predict,
   pretrain,
+  probes,
 )
 from simclr_jax.config import UserError, flat, set_field
+from simclr_jax.train_state import TrainState
 
 TINY = {
   "batch_size": 32,
@@ -153,6 +159,123 @@ def test_distilling_on_the_labelled_images_alone(runs, tmp_path, monkeypatch):
   }
 
 
+def test_what_a_student_is_given(runs, tmp_path, monkeypatch):
+  """Its own network and its teacher's, the loss, and no label but theirs."""
+  seen = {}
+
+  def fit(state, step_fn, batches, **options):
+    seen.update(step_fn.keywords, batches=list(batches(0)))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop, "run", fit)
+  loss = {"temperature": 3.0, "scale_by_temperature": True}
+  fields = {
+    "teacher": str(runs[0] / "finetune"),
+    "num_steps": 45,  # a whole epoch
+    "model.width": 0.125,
+    "loss.label_weight": 0.25,
+  } | {f"loss.{name}": value for name, value in loss.items()}
+  with pytest.raises(KeyboardInterrupt):
+    run(distill, "digits", tmp_path / "run", **fields)
+  widths = [seen[name].encoder.width for name in ("model", "teacher")]
+  assert widths == [1 / 8, 1 / 16]
+  assert seen["label_weight"] == 0.25
+  assert seen["distillation_fn"].keywords == loss
+  labelled = {
+    image.tobytes()
+    for batch in seen["batches"]
+    for image, label in zip(batch["image"], batch["label"], strict=True)
+    if label >= 0
+  }
+  assert len(labelled) == 14
+
+
+def resolved(stage, **fields):
+  config = cli.load_recipe("digits", stage=stage)
+  for name, value in fields.items():
+    set_field(config, name.replace("__", "."), value)
+  if stage == "finetune":
+    finetune.resolve_network(config)
+  build.resolve(config)
+  return config
+
+
+def test_fields_of_pretraining_reach_its_step():
+  def options(**fields):
+    config = resolved("pretrain", loss__temperature=0.3, **fields)
+    model = pretrain.make_model(config, num_classes=10)
+    assert (model.head_layer, model.detach_classifier) == (0, True)
+    return pretrain.make_step(config, model, None, probe=True).keywords
+
+  loss = {"temperature": 0.3, "axis_name": parallel.AXIS}
+  plain = options(loss__block_size=16)["nt_xent_fn"].keywords
+  assert plain == loss | {"block_size": 16}
+  assert options(loss__name="supcon")["supcon_fn"].keywords == loss
+  kept = options(memory__size=256, memory__momentum=0.9)
+  assert kept["momentum"] == 0.9
+  assert kept["nt_xent_fn"].keywords == loss | {"block_size": None}
+
+
+def test_fields_of_fine_tuning_reach_its_network():
+  config = resolved(
+    "finetune", head_layer=2, freeze_after_block=1, train_head_layer=False
+  )
+  model = finetune.make_model(config, num_classes=10)
+  assert (model.head_layer, model.encoder.freeze_after_block) == (2, 1)
+  assert model.classifier.kernel_init is nn.initializers.zeros
+  params = {
+    "encoder": {"block_group1": 0, "block_group2": 0},
+    "projection_head": {"dense_1": 0},
+  }
+  assert finetune.make_trainable(config)(params) == {
+    "encoder": {"block_group1": False, "block_group2": True},
+    "projection_head": {"dense_1": False},
+  }
+
+
+def test_seed_and_augmentation_are_those_of_the_config(tmp_path):
+  config = resolved("pretrain", seed=5, augment__contrast=0.3)
+  assert build.make_views(config).keywords == {
+    "size": 16,
+    "dtype": np.float32,
+    **config.augment,
+  }
+  train, _ = data.open_splits(config, tmp_path / "run")
+  batch = next(build.host_batches(config, train, 1)(0))
+  order = data.batch_indices(
+    seed=5, step=0, batch_size=config.batch_size, num_examples=len(train)
+  )
+  np.testing.assert_array_equal(batch["image"], train.images[order])
+  model = pretrain.make_model(config, num_classes=10)
+  images = jax.ShapeDtypeStruct((1, 16, 16, 1), np.float32)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    build.init(config, model, train),
+    models.init(model, jax.random.key(5), images),
+  )
+
+
+def test_the_neighbours_are_those_of_the_config(tmp_path, monkeypatch):
+  """The pixels of training images, where the network says nothing else."""
+
+  def pixels(dataset):
+    return dataset.images.reshape(len(dataset), -1).astype(np.float32)
+
+  monkeypatch.setattr(
+    predict,
+    "make_predict",
+    lambda *_, **__: lambda _, dataset, **__: {"h": pixels(dataset)},
+  )
+  config = resolved("pretrain", knn__num_neighbors=3, probe=False)
+  train, test = data.open_splits(config, tmp_path / "run")
+  model = pretrain.make_model(config, num_classes=10)
+  evaluate = pretrain._make_evaluate(config, model, train, test)
+  args = (pixels(train), train.labels, pixels(test), test.labels)
+  want = probes.knn(*args, num_classes=10, k=3)
+  assert evaluate(TrainState(0, {}, {}, ())) == want
+  assert probes.knn(*args, num_classes=10)["top1"] < want["top1"] < 1
+
+
 def test_metrics_of_pretraining(runs):
   folder, _ = runs
   text = (folder / "pretrain" / "metrics.jsonl").read_text()
@@ -192,6 +315,23 @@ def test_a_run_cannot_end_before_where_it_is(runs, tmp_path):
     run(pretrain, "digits,width=0.0625", tmp_path / "run", **fields)
   stored = json.loads((tmp_path / "run" / "result.json").read_text())
   assert stored["num_steps"] == 3
+
+
+def test_linear_evaluation_goes_on_where_its_network_was_trained_further(
+  runs, tmp_path, capsys
+):
+  before, workdir = tmp_path / "before", tmp_path / "linear"
+  shutil.copytree(runs[0] / "pretrain", before)
+  shutil.copytree(runs[0] / "linear", workdir)
+  fields = {"pretrained": str(before)}
+  run(finetune, "digits,linear", workdir, **fields, num_steps=4)  # it moved
+  longer = {"data.image_size": 8, "num_steps": 4}
+  run(pretrain, "digits,width=0.0625", before, **longer)
+  assert "another network" not in capsys.readouterr().out
+  run(finetune, "digits,linear", workdir, **fields, num_steps=5)
+  assert "another network than when this run began" in capsys.readouterr().out
+  began = [checkpoint.latest(d)[2] for d in (runs[0] / "linear", workdir)]
+  assert began[0]["pretrained"] == began[1]["pretrained"]
 
 
 def test_a_student_keeps_its_teacher(runs, tmp_path, monkeypatch):

@@ -273,6 +273,54 @@ def test_stages_with_labels_are_the_same_on_8_devices(start, make_step):
   assert difference(vars(one[0]), vars(eight[0])) < 1e-9
 
 
+@pytest.mark.parametrize("make_step", [finetune_step, distill_step])
+def test_the_loss_is_that_of_its_parts(start, make_step):
+  """The view of this step; the teacher in inference mode; the weights."""
+  batch, model = make_batch(), network(axis_name=None)
+  images = views(augment.crop_flip)(
+    jax.random.fold_in(jax.random.key(5), start.step),
+    batch["image"],
+    sizes=batch["size"],
+  )
+  variables = {"params": start.params, "batch_stats": start.batch_stats}
+  outputs, _ = jax.jit(
+    functools.partial(model.apply, train=True, mutable=["batch_stats"])
+  )(variables, images)
+  want, _ = losses.supervised_loss(outputs["logits"], batch["label"])
+  constants = ()
+  if make_step is distill_step:
+    params = jax.tree.map(lambda x: x * 1.5, start.params)
+    constants = ({"params": params, "batch_stats": start.batch_stats},)
+    taught = jax.jit(model.apply)(*constants, images)["logits"]
+    distilled = losses.distillation_loss(
+      outputs["logits"], taught, temperature=0.5
+    )
+    want = 0.7 * distilled + 0.3 * want
+  _, metrics = one_step(make_step(), start, batch, 1, *constants)
+  np.testing.assert_allclose(metrics["loss"], want, rtol=1e-9)
+  if constants:
+    agreement = np.mean(outputs["logits"].argmax(1) == taught.argmax(1))
+    assert agreement < 1
+    assert metrics["agreement"] == agreement
+
+
+def test_devices_of_all_groups_end_with_one_state(start):
+  """Where groups have moments of their own: a checkpoint keeps one device's."""
+  model = network(head_layer=0, probe=True)
+  head = model.projection_head.clone(bn_group_size=2)
+  step_fn = pretrain_step(model=model.clone(projection_head=head))
+
+  def spread_fn(state, batch, key):
+    state, _ = step_fn(state, batch, key)
+    return jax.tree.map(
+      lambda x: jax.lax.pmax(x, parallel.AXIS) - jax.lax.pmin(x, parallel.AXIS),
+      state.batch_stats,
+    )
+
+  spread = one_step(spread_fn, start, make_batch(), 8)
+  assert not any(np.any(x) for x in jax.tree.leaves(spread))
+
+
 def test_a_mean_per_device_would_be_seen(start, monkeypatch):
   args = (finetune_step(), start, make_batch())
   one = one_step(*args, 1)

@@ -109,6 +109,17 @@ def test_supcon_on_8_devices_is_that_on_1():
   assert_close(got, want)
 
 
+def test_supcon_accuracy_counts_other_images_of_the_class():
+  """The nearest of each is the other image of its class, not its own view."""
+  z1 = jnp.eye(4)
+  z2 = z1[jnp.array([1, 0, 3, 2])]
+  for labels, accuracy in (([0, 0, 1, 1], 1), ([0, 0, -1, -1], 0.5)):
+    _, metrics = supcon.supervised_contrastive(
+      z1, z2, jnp.array(labels), temperature=0.5
+    )
+    assert metrics["contrastive_accuracy"] == accuracy
+
+
 def test_supcon_is_never_below_float32():
   z = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
   labels = jax.ShapeDtypeStruct((4,), jnp.int32)

@@ -32,7 +32,6 @@ def open_digits(*, split: str, seed: int) -> Source:
     describe=lambda index: f"digits {split} image {index}",
     label_names=tuple("0123456789"),
     channels=1,
-    shape=(8, 8),
     fingerprint=f"digits:{split}:{len(chosen)}:{digest[:16]}",
     labels=labels,
   )

@@ -160,7 +160,6 @@ def _source(
     describe=describe,
     label_names=label_names,
     channels=channels,
-    shape=None,
     fingerprint=f"folder:{len(files)}:{digest.hexdigest()[:32]}",
     labels=labels,
     note=note,

@@ -70,7 +70,7 @@ def open_tfds(name: str, *, split: str, data_dir: str) -> Source:
     return example[id_key].bytes_list.value[0].decode("utf-8", "replace")
 
   id_key = next((k for k in _ID_KEYS if k in info.features), None)
-  height, width, channels = info.features[image_key].shape
+  channels = info.features[image_key].shape[-1]
   names = info.features[label_key].names if label_key else ()
   splits = [[k, s.shard_lengths, s.num_bytes] for k, s in info.splits.items()]
   content = json.dumps([names, splits])
@@ -83,7 +83,6 @@ def open_tfds(name: str, *, split: str, data_dir: str) -> Source:
     describe=describe,
     label_names=tuple(names),
     channels=1 if channels == 1 else 3,
-    shape=(height, width) if height and width else None,
     fingerprint=f"tfds:{info.full_name}:{split}:{len(records)}:{digest[:16]}",
     read_ids=(lambda indices: read(indices, id_of)) if id_key else None,
   )

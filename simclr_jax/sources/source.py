@@ -23,7 +23,6 @@ class Source:
     describe: index -> the record's or file's name for messages.
     label_names: class names; the label k is label_names[k].
     channels: 1 or 3; `fetch` returns that many.
-    shape: (height, width) where all images are known to share it, else None.
     fingerprint: a string that changes with the content, for caches.
     labels: int32 [num_examples] where known without reading all records; then
       these count, not those that `read` returns.
@@ -39,7 +38,6 @@ class Source:
   describe: Callable[[int], str]
   label_names: tuple[str, ...]
   channels: int
-  shape: tuple[int, int] | None
   fingerprint: str
   labels: np.ndarray | None = None
   note: str = ""

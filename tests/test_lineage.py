@@ -1,0 +1,47 @@
+"""lineage.py: what a run may not take from another one."""
+
+import pytest
+import test_rundir
+
+from simclr_jax import cli, finetune, lineage
+from simclr_jax.config import UserError, set_field
+
+
+def make_config(stage, **fields):
+  config = cli.load_recipe("folder", stage=stage)
+  set_field(config, "data.name", "folder:photos")
+  for name, value in fields.items():
+    set_field(config, name.replace("__", "."), value)
+  return config
+
+
+def test_images_held_out_are_new_to_the_teacher():
+  student, teacher = make_config("distill"), make_config("finetune")
+  lineage.refuse_seen(student, teacher, field="teacher")
+  set_field(teacher, "data.eval_fraction", 0.0)
+  with pytest.raises(UserError, match=r"0.2, but config.teacher was .* with 0"):
+    lineage.refuse_seen(student, teacher, field="teacher")
+  for name, value in (("eval_split", ""), ("name", "folder:others")):
+    other = make_config("distill", **{f"data__{name}": value})
+    lineage.refuse_seen(other, teacher, field="teacher")
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"label_percent": 10.0}, "supcon on all labels of these images; leave"),
+    ({"labels_per_class": 5}, "supcon on all labels of these images; leave"),
+    ({"data__eval_fraction": 0.5}, "is 0.5, but config.pretrained was trained"),
+    ({}, ""),
+    ({"label_percent": 10.0, "data__name": "folder:others"}, ""),
+  ],
+)
+def test_few_labels_after_all_of_them(fields, message, tmp_path):
+  before = make_config("pretrain", loss__name="supcon")
+  test_rundir.save(tmp_path, before)
+  config = make_config("finetune", pretrained=str(tmp_path), **fields)
+  if message:
+    with pytest.raises(UserError, match=message):
+      finetune.resolve_network(config)
+  else:
+    assert finetune.resolve_network(config)["params"]
