@@ -27,6 +27,7 @@ import numpy as np
 from simclr_jax import cli, errors, feature_file, hosts, network, sources
 from simclr_jax.config import UserError
 from simclr_jax.provenance import provenance
+from simclr_jax.storage import write_whole
 
 # A part is written when it has so many numbers or has taken so long.
 _PART_NUMBERS = 2**24
@@ -247,9 +248,7 @@ def _problem_of_parts(parts, command, about):
         f"{other}); give another --output, or remove it"
       )
   else:  # whatever an earlier start has left: there is no row of it
-    draft = command.with_suffix(".draft")
-    draft.write_text(json.dumps(about))
-    draft.replace(command)  # a kill leaves all of it or none
+    write_whole(command, json.dumps(about))
   return ""
 
 

@@ -25,6 +25,7 @@ from simclr_jax import (
   hosts,
   model_card,
   network,
+  storage,
   torchvision_names,
 )
 from simclr_jax.config import UserError
@@ -84,9 +85,7 @@ def export(checkpoint, output, *, kind: str) -> Path:
   if jax.process_index() == 0:
     try:
       output.parent.mkdir(parents=True, exist_ok=True)
-      draft = output.with_name(f".{output.name}.draft")
-      draft.write_bytes(content)
-      draft.replace(output)
+      storage.write_whole(output, content)
       card.write_text(text)
     except OSError as error:
       raise UserError(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from simclr_jax import storage
+
 # Fields of metrics.jsonl that differ from one run of a config to the next.
 TIMING = (
   "images_per_second",
@@ -33,9 +35,7 @@ class MetricsWriter:
     self._remote = "://" in str(workdir)  # object stores cannot append
     self._lines = _lines_until(self._path, start)
     # In one piece: a kill leaves the old lines or the new ones.
-    draft = self._path.with_name("metrics.jsonl.draft")
-    draft.write_text("".join(self._lines))
-    draft.replace(self._path)
+    storage.write_whole(self._path, "".join(self._lines))
     self._file = None if self._remote else open(self._path, "a")  # noqa: SIM115
     self._events = None
     if importlib.util.find_spec("tensorboardX") and not self._remote:

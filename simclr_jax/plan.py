@@ -25,6 +25,7 @@ from simclr_jax import (
   finetune,
   pretrain,
   sources,
+  storage,
 )
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
@@ -277,13 +278,15 @@ def main(argv=None) -> None:
     config, _ = cli.parse(argv, stage=cli.stage_of(given[-1]))
     if options["devices"] > 0:
       jax.config.update("jax_num_cpu_devices", options["devices"])
-    if output and not Path(output).resolve().parent.is_dir():
+    file = Path(output).expanduser()
+    if output and not file.absolute().parent.is_dir():
       raise UserError(f"--output={output}: there is no such folder.")
-    if Path(output or "plan.json").is_dir():
+    if output and file.is_dir():
       raise UserError(f"--output={output} is a folder; give a file's name.")
     result = plan(config, **options)
-  if output:
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    if output:
+      with storage.writable(output, "--output"):
+        storage.write_whole(file, json.dumps(result, indent=2) + "\n")
 
 
 def _flags(argv: list[str]) -> tuple[dict, list[str]]:

@@ -80,9 +80,7 @@ def claim(config, workdir, num_steps: int = 0) -> None:
 
   def write():
     if jax.process_index() == 0:
-      draft = workdir / "config.json.draft"
-      draft.write_text(config_lib.to_json(config))
-      draft.replace(file)
+      storage.write_whole(file, config_lib.to_json(config))
       (workdir / ".nonce").unlink()
 
   nonce = hosts.broadcast(secrets.randbelow(2**31))
@@ -255,7 +253,5 @@ def write_result(workdir, result: dict) -> dict:
     text = json.dumps(result, indent=2) + "\n"
     with storage.writing(workdir):
       # In one piece: other processes of a sweep may be reading.
-      draft = epath.Path(workdir) / "result.json.draft"
-      draft.write_text(text)
-      draft.replace(draft.with_name("result.json"))
+      storage.write_whole(epath.Path(workdir) / "result.json", text)
   return result

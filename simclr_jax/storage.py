@@ -59,6 +59,41 @@ def _need_name(workdir) -> None:
     raise UserError("the run's directory is empty; name a folder.")
 
 
+def local_folder(path: str | os.PathLike, flag: str) -> Path:
+  """A folder of this machine, with `~` for the home expanded.
+
+  Raises:
+    UserError: no name, or one in a bucket, which a Path would make "gs:" of.
+
+  >>> local_folder("packed", "--output").as_posix()
+  'packed'
+  """
+  if not os.fspath(path):
+    raise UserError(f"{flag} is empty; name a folder.")
+  if "://" in str(path):
+    raise UserError(
+      f"{flag}={path} is in a bucket; give a folder of this machine and copy "
+      "it there."
+    )
+  return Path(path).expanduser()
+
+
+def write_whole(file, content: str | bytes) -> None:
+  """Writes a file in one piece: readers, and a kill, leave all of it or none.
+
+  One process may write it at a time.
+
+  >>> write_whole("runs/note.txt", "done")
+  """
+  file = epath.Path(file)
+  draft = file.with_name(f"{file.name}.draft")
+  if isinstance(content, str):
+    draft.write_text(content)
+  else:
+    draft.write_bytes(content)
+  draft.replace(file)
+
+
 @contextlib.contextmanager
 def writing(where) -> Iterator[None]:
   """Turns a full disk, a read-only or a lost directory into a UserError.

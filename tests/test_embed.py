@@ -11,6 +11,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from made_run import apply, make_run
 
 from simclr_jax import augment, embed, feature_file, network
@@ -204,14 +205,15 @@ def test_rows_without_their_command(made, tmp_path, monkeypatch, content):
 def test_the_command_is_noted_whole_or_not_at_all(made, tmp_path, monkeypatch):
   """Killed before the rename, and after it."""
   seen = []
-  real = pathlib.Path.replace
+  path_type = type(epath.Path())
+  real = path_type.replace
 
   def replace(path, target):
     if target.name == "command.json":
       seen.append((target.exists(), path.read_text()))
     return real(path, target)
 
-  monkeypatch.setattr(pathlib.Path, "replace", replace)
+  monkeypatch.setattr(path_type, "replace", replace)
   run(made, tmp_path / "out.npz")
   ((existed, text),) = seen
   assert not existed

@@ -19,20 +19,10 @@ MIN_COVERED = 0.1
 EVAL_CROP = 0.875
 
 
-def _pair(values, name):
-  try:
-    low, high = map(float, values)
-  except (TypeError, ValueError):
-    raise UserError(
-      f"augment.{name} is {values}; expected two numbers, low and high"
-    ) from None
-  return low, high
-
-
 def check_ranges(area_range, aspect_range):
   """Both as options of the sampler; UserError unless a box can meet them."""
-  area_range = _pair(area_range, "area_range")
-  aspect_range = _pair(aspect_range, "aspect_range")
+  area_range = pixels.low_high(area_range, "area_range")
+  aspect_range = pixels.low_high(aspect_range, "aspect_range")
   low, high = area_range
   if not (0 < low <= high <= 1 and high >= MIN_COVERED):
     raise UserError(

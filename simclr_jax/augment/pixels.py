@@ -48,6 +48,17 @@ def need_rgb(images, name):
     )
 
 
+def low_high(values, name):
+  """The two numbers of a range, as floats."""
+  try:
+    low, high = map(float, values)
+  except (TypeError, ValueError):
+    raise UserError(
+      f"augment.{name} is {values}; expected two numbers, low and high"
+    ) from None
+  return low, high
+
+
 def height_width(size):
   """An int or (height, width) to (height, width), checked."""
   try:

@@ -12,7 +12,7 @@ from tqdm import auto
 
 from simclr_jax import storage
 from simclr_jax.config import UserError
-from simclr_jax.datasets.packing import encoded, local_folder
+from simclr_jax.datasets.packing import encoded
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -48,7 +48,7 @@ def prepare_cifar10(
   import tensorflow_datasets as tfds
 
   given = data_dir
-  data_dir = local_folder(given, "--data_dir").absolute()
+  data_dir = storage.local_folder(given, "--data_dir").absolute()
   if archive:  # What is wrong with it is told before anything is written.
     _verify(Path(archive).expanduser(), sha256)
 

@@ -60,7 +60,7 @@ def pack(
   'packed/packed/1.0.0'
   """
   _check(name, splits, canvas_size)
-  folder = local_folder(output, "--output") / name / "1.0.0"
+  folder = storage.local_folder(output, "--output") / name / "1.0.0"
   prints = [source.fingerprint for source in splits.values()]
   key = f"{canvas_size} {lossless} {_SHARD_SIZE} {_JPEG_QUALITY} {prints}\n"
   options = {"lossless": lossless, "on_skip": on_skip}
@@ -91,25 +91,6 @@ def _check(name, splits, canvas_size):
         f'--splits: "{split}" is no name of a split (letters, digits, _ and '
         "-); pack the whole split and take a slice of the pack."
       )
-
-
-def local_folder(path: str | os.PathLike, flag: str) -> Path:
-  """A folder to write to, with `~` for the home expanded.
-
-  Raises:
-    UserError: no name, or one in a bucket, which a Path would make "gs:" of.
-
-  >>> local_folder("packed", "--output").as_posix()
-  'packed'
-  """
-  if not os.fspath(path):
-    raise UserError(f"{flag} is empty; name a folder.")
-  if "://" in str(path):
-    raise UserError(
-      f"{flag}={path} is in a bucket; give a folder of this machine and copy "
-      "it there."
-    )
-  return Path(path).expanduser()
 
 
 @contextlib.contextmanager

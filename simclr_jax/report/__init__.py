@@ -10,6 +10,7 @@ config.teacher). What is not there is named on the page.
 
 from collections.abc import Sequence
 
+from simclr_jax import storage
 from simclr_jax.report.run import SAMPLES, Missing, Run, chain, read
 
 __all__ = ["SAMPLES", "Missing", "Run", "chain", "read", "write"]
@@ -37,7 +38,6 @@ def write(workdir, *, beside: Sequence = ()):
   # Here, because matplotlib takes a second to import.
   from simclr_jax.report import page
 
-  file, draft = run.workdir / "report.html", run.workdir / "report.html.draft"
-  draft.write_text(page.render(run, others))
-  draft.replace(file)
+  file = run.workdir / "report.html"
+  storage.write_whole(file, page.render(run, others))
   return file
