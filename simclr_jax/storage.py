@@ -118,12 +118,11 @@ def writing(where) -> Iterator[None]:
       reason = os.strerror(int(code[1]))
     else:
       raise
-    intact = "The last complete checkpoint there is intact; " * _has_steps(
-      where
-    )
+    intact = "The last complete checkpoint there is intact; make"
     raise UserError(
-      f"{where} cannot be written: {reason}. {intact}make room or give it "
-      "back, and start the same command again."
+      f"{where} cannot be written: {reason}. "
+      f"{intact if _has_steps(where) else 'Make'} room or give it back, and "
+      "start the same command again."
     ) from None
 
 

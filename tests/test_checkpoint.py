@@ -2,11 +2,13 @@
 
 import importlib.util
 import shutil
+import threading
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 from simclr_jax import checkpoint, rundir
 from simclr_jax.config import UserError
@@ -175,3 +177,22 @@ def test_load_says_what_is_wrong(tmp_path, make, message):
   with pytest.raises(UserError, match=message) as error:
     checkpoint.load(make(tmp_path), field="config.pretrained")
   assert str(error.value).startswith("config.pretrained: ")
+
+
+def test_a_save_that_cannot_begin_leaves_no_thread(tmp_path, monkeypatch):
+  """The process would wait for it, some twenty minutes after its error."""
+  path_type = type(epath.Path())
+  real = path_type.mkdir
+
+  def mkdir(path, *args, **kwargs):
+    if "checkpoints" in path.parts[:-1]:
+      raise OSError(30, "Read-only file system")
+    return real(path, *args, **kwargs)
+
+  before = set(threading.enumerate())
+  with pytest.raises(UserError, match=r"Read-only file system\. Make room"):
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+      monkeypatch.setattr(path_type, "mkdir", mkdir)
+      checkpoint.save(manager, make_state(1), CONFIG)
+      checkpoint.check(manager, wait=True)
+  assert not {t for t in threading.enumerate() if not t.daemon} - before
