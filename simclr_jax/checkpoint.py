@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import sys
+import unicodedata
 from collections.abc import Iterator
 
 import jax
@@ -179,12 +180,31 @@ def restore_latest(manager, target: dict) -> dict | None:
   return None
 
 
-def _newest(manager, read) -> tuple | None:
+def _reader(directory) -> ocp.CheckpointManager:
+  """For this process alone: others may not see the same files, or not ask."""
+  index = jax.process_index()
+  return ocp.CheckpointManager(
+    directory,
+    options=ocp.CheckpointManagerOptions(
+      create=False,
+      read_only=True,
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"process_{index}",
+      ),
+    ),
+  )
+
+
+def _newest(manager, read, *, quiet=False) -> tuple | None:
   """(step, read(step)) of the newest step that can be read, or None."""
   for step in sorted(manager.all_steps(), reverse=True):
     try:
       return step, read(step)
     except Exception as error:  # Orbax raises what it likes
+      if quiet:
+        continue
       logging.warning(
         "checkpoint %s/%d is damaged (%s); trying the one before it",
         manager.directory,
@@ -247,7 +267,7 @@ def load_described(workdir, *, field: str = "checkpoint"):
       f"{field}: {workdir} is not a run's directory: it has no checkpoints/. "
       "Give the --workdir of an earlier run."
     )
-  with ocp.CheckpointManager(directory) as manager:
+  with _reader(directory) as manager:
     found = _newest(manager, functools.partial(_read, manager))
     steps = manager.all_steps()
   if not found:
@@ -256,7 +276,7 @@ def load_described(workdir, *, field: str = "checkpoint"):
   _, (tree, described) = found
   config = config_lib.from_json_tree(described["config"])
   variables = {k: tree[k] for k in ("params", "batch_stats")}
-  about = dict(described["extra"])
+  about = _composed(described["extra"])
   about |= {"workdir": str(workdir), "step": int(tree["step"])}
   about["hash"] = weights.fingerprint(variables)
   return config, variables, about
@@ -275,12 +295,21 @@ def latest(workdir) -> tuple[int, dict, dict] | None:
   if not directory.is_dir():
     return None
   args = ocp.args.Composite(config=ocp.args.JsonRestore())
-  with ocp.CheckpointManager(directory) as manager:
-    found = _newest(manager, functools.partial(manager.restore, args=args))
+  with _reader(directory) as manager:
+    read = functools.partial(manager.restore, args=args)
+    found = _newest(manager, read, quiet=True)  # `restore_latest` says it
   if not found:
     return None
   step, items = found
-  return step, items["config"]["config"], items["config"]["extra"]
+  return step, items["config"]["config"], _composed(items["config"]["extra"])
+
+
+def _composed(extra: dict) -> dict:
+  """Class names as sources give them now: each accent in its letter."""
+  names = [
+    unicodedata.normalize("NFC", n) for n in extra.get("label_names", ())
+  ]
+  return extra | ({"label_names": names} if "label_names" in extra else {})
 
 
 def _check_same(expected, got, *, where: str) -> None:

@@ -241,9 +241,10 @@ def train_and_evaluate(config, workdir) -> dict:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   build.check_views(config, train)
   variables = build.init(config, model, train, loaded)  # may not fit
-  rundir.check_data(workdir, len(train), label_names)
   rundir.claim(config, workdir, num_steps)
-  if done := rundir.finished(workdir, num_steps):
+  done = rundir.finished(workdir, num_steps)
+  rundir.check_data(workdir, len(train), label_names, complete=done is not None)
+  if done:
     return done
   _check_teacher_unchanged(config, workdir, about)
 

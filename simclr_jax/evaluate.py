@@ -29,6 +29,7 @@ from simclr_jax import (
   feature_file,
   hosts,
   network,
+  overview,
   probes,
 )
 from simclr_jax.config import UserError, nearest
@@ -304,14 +305,7 @@ def _table(rows) -> str:
     labels = "-" if row["num_labels"] is None else str(row["num_labels"])
     cells = (row["protocol"], labels, str(row["num_test"]))
     lines.append((*cells, percent(row, "top1"), percent(row, "top5")))
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(w) if i == 0 else cell.rjust(w)
-      for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-    )
-    for line in lines
-  )
+  return "\n".join(overview.aligned(lines))
 
 
 def main(argv=None) -> None:

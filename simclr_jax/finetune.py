@@ -176,9 +176,12 @@ def train_and_evaluate(config, workdir) -> dict:
   linear = config.freeze_after_block == 4
   model = make_model(config, num_classes=train.num_classes)
   build.check_views(config, train)
-  rundir.check_data(workdir, len(train), train.label_names)
   rundir.claim(config, workdir, num_steps)
-  if done := rundir.finished(workdir, num_steps):
+  done = rundir.finished(workdir, num_steps)
+  rundir.check_data(
+    workdir, len(train), train.label_names, complete=done is not None
+  )
+  if done:
     return done
 
   variables = build.init(config, model, train, loaded)
@@ -245,7 +248,7 @@ def resolve_network(config) -> dict | None:
     print("finetune: config.pretrained is empty, so training from scratch")
     return None
   stored, loaded = lineage.load_pretrained(config)
-  if stored.loss.name == "supcon":
+  if config_lib.flat(stored).get("loss.name") == "supcon":
     _refuse_known_labels(config, stored)
   where = f"the checkpoint {config.pretrained}"
   config_lib.inherit(config, config_lib.flat(stored), names, where=where)
@@ -262,7 +265,8 @@ def _refuse_known_labels(config, stored) -> None:
   """Few labels say nothing about a network that was trained on all of them."""
   lineage.refuse_seen(config, stored, field="pretrained")
   few = config.label_percent < 100 or config.labels_per_class
-  if few and config.data.name == stored.data.name:
+  names = {storage.spelled(c.data.name) for c in (config, stored)}
+  if few and len(names) == 1:
     raise UserError(
       f"config.pretrained: {config.pretrained} was trained with "
       "loss.name=supcon on all labels of these images; leave label_percent at "

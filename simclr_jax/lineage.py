@@ -1,6 +1,6 @@
 """The run that another one starts from: its network, and what it has seen."""
 
-from simclr_jax import checkpoint, weights
+from simclr_jax import checkpoint, storage, weights
 from simclr_jax.config import UserError
 
 
@@ -29,17 +29,13 @@ def refuse_seen(config, other, *, field: str) -> None:
     other: the config of the run in `config.pretrained` or `config.teacher`.
     field: which of the two.
   """
-  mine, theirs = config.data, other.data
-  if (
-    mine.name == theirs.name
-    and mine.eval_split
-    and mine.eval_fraction != theirs.eval_fraction
-  ):
+  mine, theirs = config.data.eval_fraction, other.data.get("eval_fraction", 0.0)
+  names = {storage.spelled(c.data.name) for c in (config, other)}
+  if len(names) == 1 and config.data.eval_split and mine != theirs:
     raise UserError(
-      f"config.data.eval_fraction is {mine.eval_fraction:g}, but "
-      f"config.{field} was trained with {theirs.eval_fraction:g}: it has seen "
-      "labels of images that are held out here; give the same, or "
-      "--config.data.eval_split= (nothing)."
+      f"config.data.eval_fraction is {mine:g}, but config.{field} was trained "
+      f"with {theirs:g}, so it may have seen labels of images that are held "
+      "out here; give the same, or --config.data.eval_split= (nothing)."
     )
 
 

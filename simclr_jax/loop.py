@@ -87,6 +87,7 @@ def run(
       print(f"continuing from step {int(state.step)} in {workdir}", flush=True)
     start = int(state.step)
     _agree_on_start(start)
+    rundir.refuse_shorter(workdir, start, num_steps)
 
     def is_due(step):
       return step == num_steps or step % config.eval_every_steps == 0

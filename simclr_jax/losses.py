@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from simclr_jax.config import UserError
@@ -39,6 +40,16 @@ def check_pairs(z1: jax.Array, z2: jax.Array) -> None:
       f"z1 and z2 have shapes {z1.shape} and {z2.shape}; expected [n, D] of "
       "both, n at least 1"
     )
+
+
+def check_temperature(temperature) -> None:
+  """Raises UserError unless it is above 0; one that is traced passes.
+
+  >>> check_temperature(0.1)
+  """
+  is_known = isinstance(temperature, int | float | np.number)
+  if is_known and not temperature > 0:
+    raise UserError(f"temperature is {temperature}; expected a number above 0")
 
 
 def nt_xent(
@@ -88,10 +99,11 @@ def nt_xent(
   1.0
   """
   check_pairs(z1, z2)
-  if block_size is not None and block_size < 1:
-    raise UserError(f"block_size is {block_size}; expected at least 1, or None")
-  if isinstance(temperature, int | float) and not temperature > 0:
-    raise UserError(f"temperature is {temperature}; expected a number above 0")
+  check_temperature(temperature)
+  if block_size is not None and not (
+    hasattr(block_size, "__index__") and block_size > 0
+  ):
+    raise UserError(f"block_size is {block_size}; expected an int > 0, or None")
   n = len(z1)
   dtype = jnp.promote_types(z1.dtype, jnp.float32)
   z = jnp.stack([z1, z2]).astype(dtype)
@@ -310,7 +322,7 @@ def distillation_loss(
     A scalar, in float32 or better.
 
   Raises:
-    UserError: the two have different shapes.
+    UserError: the two have different shapes, or T is not above 0.
 
   >>> logits = jnp.zeros((2, 10))
   >>> loss = distillation_loss(logits, logits, temperature=1.0)
@@ -322,6 +334,7 @@ def distillation_loss(
       f"the student's logits have shape {student_logits.shape}, the teacher's "
       f"{teacher_logits.shape}; expected the same"
     )
+  check_temperature(temperature)
   dtype = jnp.promote_types(student_logits.dtype, jnp.float32)
   teacher_logits = jax.lax.stop_gradient(teacher_logits)
   targets = jax.nn.softmax(teacher_logits.astype(dtype) / temperature)

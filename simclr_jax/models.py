@@ -189,8 +189,8 @@ def make_model(
   )
   counts = {"head.num_layers": num_layers, "head.dim": dim}
   for name, value in (counts | {"num_classes": num_classes or 1}).items():
-    if int(value) != value:
-      raise UserError(f"{name}: got {value}, must be a whole number")
+    if not hasattr(value, "__index__"):
+      raise UserError(f"{name}: got {value!r}, must be an int")
   if not jnp.issubdtype(dtype, jnp.floating):
     raise UserError(f"dtype: got {jnp.dtype(dtype)}, must be a float's")
   if num_layers < 0 or dim < 1:

@@ -206,7 +206,7 @@ def _images(config, given: int) -> tuple[int, dict]:
     if config.data.name == "folder:" and not given:  # Of the bare recipe.
       raise UserError(
         'config.data.name is "folder:"; name the folder of the images '
-        "(--config.data.name=folder:PATH), or plan without with --images=N."
+        "(--config.data.name=folder:PATH), or say how many: --images=N."
       ) from None
     if not given and not config.num_steps:
       print(

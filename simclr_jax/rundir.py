@@ -64,14 +64,10 @@ def claim(config, workdir, num_steps: int = 0) -> None:
         f"config.optim.learning_rate, or remove {marker} to try once more from "
         "the last checkpoint."
       )
-    check_same(config, workdir)
+    length = check_same(config, workdir)
     done = checkpoint.latest(workdir)
-    if done and num_steps and done[0] > num_steps:
-      raise UserError(
-        f"{workdir} has done {done[0]} steps already, more than the "
-        f"{num_steps} that are asked for; take another --workdir."
-      )
-    length = [name for name in _changed(config, workdir) if name in _LENGTH]
+    if done and num_steps:
+      refuse_shorter(workdir, done[0], num_steps)
     if length:
       print(
         f"warning: {' and '.join(length)} changed, so the learning rate of the "
@@ -109,12 +105,24 @@ def _check_shared(file, nonce: int, *, seconds: float = 20) -> None:
     time.sleep(0.2)
 
 
-def check_same(config, workdir) -> None:
+def refuse_shorter(workdir, done: int, num_steps: int) -> None:
+  """Raises UserError where a run has `done` more steps than are asked for."""
+  if done > num_steps:
+    raise UserError(
+      f"{workdir} has done {done} steps already, more than the {num_steps} "
+      "that are asked for; take another --workdir."
+    )
+
+
+def check_same(config, workdir) -> list[str]:
   """Checks that the directory holds no run of another config; writes nothing.
 
   Args:
     config: of the stage; how long it trains need not be known yet.
     workdir: the run's directory, which need not exist.
+
+  Returns:
+    The fields that say how long to train and have changed.
 
   Raises:
     UserError: it does.
@@ -134,22 +142,33 @@ def check_same(config, workdir) -> None:
       f"--workdir={workdir} holds another run: {shown}. Give the values it "
       "has, or take another --workdir."
     )
+  return list(changed)
 
 
-def check_data(workdir, num_images: int, label_names) -> None:
+def check_data(
+  workdir, num_images: int, label_names, *, complete: bool = False
+) -> None:
   """Checks that a run there began with as many images, of the same classes.
 
   Args:
     workdir: the run's directory.
     num_images: that train now.
     label_names: the classes that they have now.
+    complete: the run is: a difference is said, and no mistake.
 
   Raises:
     UserError: it began with others, whose batches cannot be continued.
   """
+  if problem := _other_data(workdir, num_images, label_names):
+    if not complete:
+      raise UserError(problem)
+    print(f"warning: {problem}", flush=True)
+
+
+def _other_data(workdir, num_images: int, label_names) -> str:
   found = checkpoint.latest(workdir)
   if not found:
-    return
+    return ""
   began = {"label_names": list(label_names), "num_images": num_images}
   began |= found[2]  # runs of earlier versions do not say
 
@@ -159,16 +178,17 @@ def check_data(workdir, num_images: int, label_names) -> None:
   if began["label_names"] != list(label_names):
     was, now = classes(began["label_names"]), classes(list(label_names))
     hint = "" if began["label_names"] else ", --config.data.labels=none"
-    raise UserError(
+    return (
       f"{workdir} holds a run that began with {was}, and the data has {now} "
       f"now. Give the data as it was{hint}, or take another --workdir."
     )
   if began["num_images"] != num_images:
-    raise UserError(
+    return (
       f"{workdir} holds a run that began with {began['num_images']} images to "
       f"train on, and there are {num_images} now. Give the data as it was, or "
       "take another --workdir (config.pretrained can start it from this one)."
     )
+  return ""
 
 
 def _changed(config, workdir) -> dict[str, tuple]:
@@ -203,10 +223,7 @@ def _spelled(name: str, value):
     return value
   if name in _NETWORKS:
     return str(storage.root(value))
-  kind, colon, path = value.partition(":")
-  if name == "data.name" and kind == "folder" and path:
-    return kind + colon + str(storage.root(path))
-  return value
+  return storage.spelled(value) if name == "data.name" else value
 
 
 def _is_same_network(name: str, where: str, workdir) -> bool:

@@ -54,6 +54,18 @@ def root(workdir) -> epath.Path:
   return epath.Path(workdir)
 
 
+def spelled(name: str) -> str:
+  """A dataset's name with the path of a folder in its one spelling.
+
+  >>> spelled("folder:/data/photos/") == spelled("folder:/data/x/../photos")
+  True
+  """
+  kind, colon, folder = name.partition(":")
+  if kind != "folder" or not folder:
+    return name
+  return kind + colon + os.path.abspath(os.path.expanduser(folder))
+
+
 def _need_name(workdir) -> None:
   if not str(workdir):  # would be the current folder
     raise UserError("the run's directory is empty; name a folder.")
@@ -127,10 +139,13 @@ def writing(where) -> Iterator[None]:
 
 
 def _has_steps(where) -> bool:
-  try:
-    return any(child.name.isdigit() for child in epath.Path(where).iterdir())
-  except OSError:
-    return False
+  """Whether a checkpoint is in this directory, or in the run's that it is."""
+  where = epath.Path(where)
+  for folder in (where, where / "checkpoints"):
+    with contextlib.suppress(OSError):
+      if any(child.name.isdigit() for child in folder.iterdir()):
+        return True
+  return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from simclr_jax.losses import (
   Metrics,
   check_labels,
   check_pairs,
+  check_temperature,
   l2_normalize,
 )
 
@@ -43,7 +44,7 @@ def supervised_contrastive(
     of view 2 is a positive.
 
   Raises:
-    UserError: arrays of other shapes.
+    UserError: arrays of other shapes, or a temperature that is not above 0.
 
   >>> z = jax.random.normal(jax.random.key(0), (8, 16))
   >>> loss, metrics = supervised_contrastive(
@@ -53,6 +54,7 @@ def supervised_contrastive(
   1.0
   """
   check_pairs(z1, z2)
+  check_temperature(temperature)
   check_labels(labels, len(z1))
   n, features = z1.shape
   z = jnp.stack([z1, z2]).astype(jnp.promote_types(z1.dtype, jnp.float32))

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import test_folder
 import test_loop
+import test_rundir
 import test_steps
 
 from simclr_jax import (
@@ -243,8 +244,12 @@ def test_damaged_images_count_alike_on_all_hosts(tmp_path):
     }
 
 
-def test_a_workdir_that_is_not_shared(tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_workdir_that_is_not_shared(begun, tmp_path):
+  """Also where one host alone sees a run, and asks it what it began with."""
   workdirs = [tmp_path / "a", tmp_path / "b"]
+  if begun:
+    test_rundir.save(workdirs[0], test_loop.make_config(), step=2)
   codes, outputs = Processes(
     tmp_path, workdirs=workdirs, kind="toy", num_steps=4
   ).end()

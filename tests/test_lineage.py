@@ -1,5 +1,7 @@
 """lineage.py: what a run may not take from another one."""
 
+import os
+
 import pytest
 import test_rundir
 
@@ -19,8 +21,16 @@ def test_images_held_out_are_new_to_the_teacher():
   student, teacher = make_config("distill"), make_config("finetune")
   lineage.refuse_seen(student, teacher, field="teacher")
   set_field(teacher, "data.eval_fraction", 0.0)
-  with pytest.raises(UserError, match=r"0.2, but config.teacher was .* with 0"):
+  with pytest.raises(UserError, match=r"0.2, but config.teacher .* with 0,"):
     lineage.refuse_seen(student, teacher, field="teacher")
+  spelled = make_config("distill", data__name=f"folder:{os.getcwd()}/photos/")
+  with pytest.raises(UserError, match=r"0.2, but config.teacher .* with 0,"):
+    lineage.refuse_seen(spelled, teacher, field="teacher")
+  with teacher.data.unlocked():
+    del teacher.data.eval_fraction  # of an earlier version: there was none
+  set_field(student, "data.eval_fraction", 0.0)
+  lineage.refuse_seen(student, teacher, field="teacher")
+  set_field(teacher, "data.eval_fraction", 0.0)
   for name, value in (("eval_split", ""), ("name", "folder:others")):
     other = make_config("distill", **{f"data__{name}": value})
     lineage.refuse_seen(other, teacher, field="teacher")
@@ -45,3 +55,12 @@ def test_few_labels_after_all_of_them(fields, message, tmp_path):
       finetune.resolve_network(config)
   else:
     assert finetune.resolve_network(config)["params"]
+
+
+def test_a_run_from_before_there_were_other_losses(tmp_path):
+  before = make_config("pretrain")
+  with before.loss.unlocked():
+    del before.loss.name
+  test_rundir.save(tmp_path, before)
+  config = make_config("finetune", pretrained=str(tmp_path), label_percent=1.0)
+  assert finetune.resolve_network(config)["params"]

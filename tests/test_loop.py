@@ -405,7 +405,8 @@ def test_an_intact_checkpoint_is_named_where_there_is_one(tmp_path):
     return str(error.value)
 
   assert "checkpoint there is" not in message()
-  (tmp_path / "7").mkdir()
+  assert "on device. Make room" in message()
+  (tmp_path / "checkpoints" / "7").mkdir(parents=True)
   assert "The last complete checkpoint there is intact; make room" in message()
 
 

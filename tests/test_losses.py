@@ -453,7 +453,9 @@ ROWS = np.ones((4, 8), np.float32)
     (lambda f: f(ROWS, ROWS[:1]), "shapes \\(4, 8\\) and \\(1, 8\\)"),
     (lambda f: f(ROWS[:0], ROWS[:0]), "n at least 1"),
     (lambda f: f(ROWS, ROWS, block_size=0), "block_size is 0"),
+    (lambda f: f(ROWS, ROWS, block_size=1.5), "block_size is 1.5"),
     (lambda f: f(ROWS, ROWS, temperature=0.0), "temperature is 0.0"),
+    (lambda f: f(ROWS, ROWS, temperature=np.float32(0)), "temperature is 0.0"),
     (lambda f: f(ROWS, ROWS, temperature=float("nan")), "temperature is nan"),
   ],
 )

@@ -210,7 +210,7 @@ def test_the_bare_recipe_of_a_folder_is_not_planned(monkeypatch, capsys):
     plan.plan(config)
   assert str(error.value) == (
     'config.data.name is "folder:"; name the folder of the images '
-    "(--config.data.name=folder:PATH), or plan without with --images=N."
+    "(--config.data.name=folder:PATH), or say how many: --images=N."
   )
   found = plan.plan(config, images=5120)
   out = capsys.readouterr().out

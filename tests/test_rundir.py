@@ -1,6 +1,7 @@
 """A run's directory: what may change between two starts of one run."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -41,12 +42,14 @@ CLASSES = ["cat", "dog"]
     (80, CLASSES, "began with 40 images to train on, and there are 80 now"),
   ],
 )
-def test_other_data_is_refused(images, names, message, tmp_path):
+def test_other_data_is_refused(images, names, message, tmp_path, capsys):
   rundir.check_data(tmp_path, images, names)  # nothing is there yet
   save(tmp_path, make_config(), num_images=40, label_names=CLASSES)
   rundir.check_data(tmp_path, 40, tuple(CLASSES))
   with pytest.raises(UserError, match=message):
     rundir.check_data(tmp_path, images, names)
+  rundir.check_data(tmp_path, images, names, complete=True)
+  assert re.search(f"warning: .*{message}", capsys.readouterr().out)
 
 
 def test_labels_that_came_later_can_be_left_out(tmp_path):
@@ -113,3 +116,12 @@ def test_a_file_that_lacks_something_is_named(tmp_path):
   (tmp_path / rundir.DIVERGED).write_text("{}")
   with pytest.raises(UserError, match=r'diverged.json is damaged: .* no "st'):
     rundir.claim(make_config(), tmp_path)
+
+
+def test_class_names_are_those_that_sources_give(tmp_path):
+  """Earlier versions stored a Mac's, with each accent apart."""
+  save(tmp_path, make_config(), num_images=4, label_names=["e\u0301te\u0301"])
+  rundir.check_data(tmp_path, 4, ["\u00e9t\u00e9"])
+  assert checkpoint.load_described(tmp_path)[2]["label_names"] == [
+    "\u00e9t\u00e9"
+  ]

@@ -120,7 +120,7 @@ def sample_crop_boxes(
   (5, 4)
   """
   ranges = check_ranges(area_range, aspect_range)
-  if num < 0:
+  if not hasattr(num, "__index__") or num < 0:
     raise UserError(f"num is {num}; expected an int >= 0")
   u = jax.random.uniform(key, (num, 2 * TRIES + 2), jnp.float32)
   shape = jnp.broadcast_to(jnp.asarray(shape), (num, 2))
