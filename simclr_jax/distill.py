@@ -241,10 +241,13 @@ def train_and_evaluate(config, workdir) -> dict:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   build.check_views(config, train)
   variables = build.init(config, model, train, loaded)  # may not fit
-  rundir.claim(config, workdir, num_steps)
-  done = rundir.finished(workdir, num_steps)
-  rundir.check_data(workdir, len(train), label_names, complete=done is not None)
-  if done:
+  if done := rundir.begin(
+    config,
+    workdir,
+    num_steps=num_steps,
+    num_images=len(train),
+    label_names=label_names,
+  ):
     return done
   _check_teacher_unchanged(config, workdir, about)
 

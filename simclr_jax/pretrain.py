@@ -203,12 +203,13 @@ def train_and_evaluate(config, workdir) -> dict:
   probe = config.probe and train.num_classes > 0
   model = make_model(config, num_classes=train.num_classes)
   build.check_views(config, train)
-  rundir.claim(config, workdir, num_steps)
-  done = rundir.finished(workdir, num_steps)
-  rundir.check_data(
-    workdir, len(train), train.label_names, complete=done is not None
-  )
-  if done:
+  if done := rundir.begin(
+    config,
+    workdir,
+    num_steps=num_steps,
+    num_images=len(train),
+    label_names=train.label_names,
+  ):
     return done
 
   variables = build.init(config, model, train, loaded)

@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -29,7 +30,26 @@ _NETWORKS = ("pretrained", "teacher")
 DIVERGED = "diverged.json"
 
 
-def claim(config, workdir, num_steps: int = 0) -> None:
+def begin(
+  config, workdir, *, num_steps: int, num_images: int, label_names
+) -> dict | None:
+  """`claim` with `check_data`; returns the result of a run that is complete."""
+
+  def check():
+    complete = _result(workdir, num_steps) is not None
+    check_data(workdir, num_images, label_names, complete=complete)
+
+  claim(config, workdir, num_steps, check=check)
+  return finished(workdir, num_steps)
+
+
+def claim(
+  config,
+  workdir,
+  num_steps: int = 0,
+  *,
+  check: Callable[[], None] | None = None,
+) -> None:
   """Writes config.json into the run's directory, or checks what is there.
 
   Every host calls it; it is also where a directory that the hosts do not share
@@ -39,6 +59,7 @@ def claim(config, workdir, num_steps: int = 0) -> None:
     config: of the stage, resolved.
     workdir: the run's directory.
     num_steps: how many steps are asked for; 0: not known.
+    check: called before anything is written; may raise UserError.
 
   Raises:
     UserError: the directory cannot be written, holds another run or a longer
@@ -53,7 +74,7 @@ def claim(config, workdir, num_steps: int = 0) -> None:
     if jax.process_index() == 0:
       (workdir / ".nonce").write_text(str(nonce))
 
-  def check():
+  def check_all():
     _check_shared(workdir / ".nonce", nonce)
     if marker.exists():
       found = _read(marker, "step", "problem")
@@ -68,6 +89,8 @@ def claim(config, workdir, num_steps: int = 0) -> None:
     done = checkpoint.latest(workdir)
     if done and num_steps:
       refuse_shorter(workdir, done[0], num_steps)
+    if check:
+      check()
     if length:
       print(
         f"warning: {' and '.join(length)} changed, so the learning rate of the "
@@ -80,7 +103,7 @@ def claim(config, workdir, num_steps: int = 0) -> None:
       (workdir / ".nonce").unlink()
 
   nonce = hosts.broadcast(secrets.randbelow(2**31))
-  for action in (make, check, write):  # no host is ahead by more than one
+  for action in (make, check_all, write):  # no host is ahead by more than one
     problem = ""
     try:
       action()
@@ -254,14 +277,18 @@ def _read(file, *names: str) -> dict:
 
 def finished(workdir, num_steps: int) -> dict | None:
   """Returns the result of a run that is already complete, else None."""
+  result = _result(workdir, num_steps)
+  if result:
+    print(f"{workdir} is complete: {num_steps} steps", flush=True)
+  return result
+
+
+def _result(workdir, num_steps: int) -> dict | None:
   file = epath.Path(workdir) / "result.json"
   if not file.exists():
     return None
   result = _read(file, "num_steps", "protocol", "top1", "top5")
-  if result["num_steps"] != num_steps:
-    return None
-  print(f"{workdir} is complete: {num_steps} steps", flush=True)
-  return result
+  return result if result["num_steps"] == num_steps else None
 
 
 def write_result(workdir, result: dict) -> dict:

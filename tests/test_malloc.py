@@ -50,6 +50,18 @@ def test_a_step_asks_for_no_new_memory():
   assert faults["setup"] < 1_000
 
 
+def printed_by(code):
+  """What a process prints whose malloc is as it starts."""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  return done.stdout
+
+
 HOLES = """
 import ctypes, json, re
 from simclr_jax import malloc
@@ -66,14 +78,7 @@ print(json.dumps([malloc.fill_holes(), malloc.fill_holes()]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_holes_are_filled():
-  done = subprocess.run(
-    [sys.executable, "-c", HOLES],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    stdout=subprocess.PIPE,
-    text=True,
-    check=True,
-  )
-  first, second = json.loads(done.stdout)
+  first, second = json.loads(printed_by(HOLES))
   assert first >= 4000
   assert second < first / 10
 
@@ -95,14 +100,7 @@ print(end - libc.sbrk(0))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_memory_beyond_2_gib_is_kept_too():
-  done = subprocess.run(
-    [sys.executable, "-c", LARGE],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    stdout=subprocess.PIPE,
-    text=True,
-    check=True,
-  )
-  assert int(done.stdout) == 0
+  assert int(printed_by(LARGE)) == 0
 
 
 def test_no_other_malloc_is_touched(monkeypatch):

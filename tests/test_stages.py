@@ -317,6 +317,35 @@ def test_a_run_cannot_end_before_where_it_is(runs, tmp_path):
   assert stored["num_steps"] == 3
 
 
+@pytest.mark.parametrize(
+  "name, images",
+  [("pretrain", 1437), ("finetune", 14), ("linear", 1437), ("distill", 1437)],
+)
+def test_checkpoints_keep_what_was_trained_on(runs, name, images):
+  extra = checkpoint.latest(runs[0] / name)[2]
+  assert extra["num_images"] == images
+  assert extra["label_names"] == list("0123456789")
+
+
+def test_a_complete_run_tells_of_other_data(runs, monkeypatch, capsys):
+  folder, results = runs
+  monkeypatch.setattr(data.Dataset, "__len__", lambda self: 1438)
+  fields = {"data.image_size": 8}
+  again = run(pretrain, "digits,width=0.0625", folder / "pretrain", **fields)
+  assert again == results["pretrain"]
+  assert "began with 1437 images to train on" in capsys.readouterr().out
+  before = (folder / "pretrain" / "config.json").read_text()
+  with pytest.raises(UserError, match="began with 1437 images to train on"):
+    run(
+      pretrain,
+      "digits,width=0.0625",
+      folder / "pretrain",
+      **fields,
+      num_steps=4,
+    )
+  assert (folder / "pretrain" / "config.json").read_text() == before
+
+
 def test_linear_evaluation_goes_on_where_its_network_was_trained_further(
   runs, tmp_path, capsys
 ):
