@@ -187,7 +187,6 @@ def _reader(directory) -> ocp.CheckpointManager:
     directory,
     options=ocp.CheckpointManagerOptions(
       create=False,
-      read_only=True,
       multiprocessing_options=ocp.options.MultiprocessingOptions(
         primary_host=index,
         active_processes={index},

@@ -40,8 +40,9 @@ def write(workdir, *steps):
   return workdir
 
 
-def test_load_gives_config_and_network_of_the_latest_step(tmp_path):
+def test_load_gives_config_and_network_of_the_latest_step(tmp_path, caplog):
   write(tmp_path, 1, 2, 5)
+  files = sorted(tmp_path.rglob("*"))
   config, variables, about = checkpoint.load_described(tmp_path)
   assert config.to_dict() == CONFIG.to_dict()
   state = make_state(5)
@@ -49,6 +50,9 @@ def test_load_gives_config_and_network_of_the_latest_step(tmp_path):
     np.testing.assert_equal(variables[name], state[name])
   assert (about["step"], about["names"]) == (5, ["a"])
   assert len(about["hash"]) == 16
+  assert checkpoint.latest(tmp_path)[::2] == (5, {"names": ["a"]})
+  assert sorted(tmp_path.rglob("*")) == files  # nothing is written, or said
+  assert not caplog.records
   write(tmp_path, 6)
   assert checkpoint.load_described(tmp_path)[2]["hash"] != about["hash"]
   state["step"] = np.asarray(7)
