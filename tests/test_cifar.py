@@ -21,15 +21,19 @@ def test_sixty_steps_learn(shared, tmp_path):
     "batch_size": 64,
     "num_steps": 60,
     "optim.warmup_epochs": 0.1,
-    "log_every_steps": 10,
+    "log_every_steps": 1,
     "report": False,
   }.items():
     set_field(config, name, value)
   pretrain.train_and_evaluate(config, tmp_path)
   text = (tmp_path / "metrics.jsonl").read_text()
   rows = [json.loads(line) for line in text.splitlines()]
-  last = rows[-3:]
-  mean_loss = sum(row["loss"] for row in last) / len(last)
-  assert mean_loss < uniform_loss(64) - 0.5
-  assert sum(row["contrastive_accuracy"] for row in last) / 3 > 4 / 64
-  assert sum(row["probe_accuracy"] for row in last) / 3 > 0.14  # chance 0.1
+
+  def mean(name):
+    """Of 30 steps: a few say more about the processor's rounding."""
+    return sum(row[name] for row in rows[-30:]) / 30
+
+  assert mean("loss") < uniform_loss(64) - 0.5
+  assert mean("contrastive_accuracy") > 4 / 64
+  # Chance is 0.1 +- 0.005; two seeds had 0.148 and 0.160.
+  assert mean("probe_accuracy") > 0.125
