@@ -43,11 +43,14 @@ def start(config, *, stage: str) -> ml_collections.ConfigDict:
     UserError: no config of this stage, a field that is not there, or out of its
       range.
   """
-  is_config = isinstance(config, Mapping | ml_collections.ConfigDict)
-  found = config.get("stage") if is_config else type(config).__name__
-  if found != stage:
+  found = f"a {type(config).__name__} without a stage"
+  if isinstance(config, Mapping | ml_collections.ConfigDict) and (
+    "stage" in config
+  ):
+    found = f"a config of {config['stage']}"
+  if found != f"a config of {stage}":
     raise UserError(
-      f"this is no config of {stage}, but of {found}; cli.load_recipe"
+      f"expected a config of {stage}, got {found}; cli.load_recipe"
       f'("digits", stage="{stage}") makes one.'
     )
   config = ml_collections.ConfigDict(config).lock()

@@ -92,7 +92,8 @@ def to_json(config: ml_collections.ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-_ADDED = {"data.label_ids": "", "head.width": 1.0}
+_ADDED = {"data.label_ids": "", "data.eval_fraction": 0.0, "head.width": 1.0}
+_ADDED_TO_PRETRAIN = {"loss.name": "nt_xent"}
 
 
 def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
@@ -110,7 +111,9 @@ def from_json_tree(tree: Mapping) -> ml_collections.ConfigDict:
     return tuple(value) if isinstance(value, list) else value
 
   config = tuples(tree)
-  for name, value in _ADDED.items():
+  is_pretrain = ("stage", "pretrain") in tree.items()
+  added = _ADDED | (_ADDED_TO_PRETRAIN if is_pretrain else {})
+  for name, value in added.items():
     section, leaf = name.split(".")
     if section in config:
       config[section].setdefault(leaf, value)

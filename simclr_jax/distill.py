@@ -241,13 +241,7 @@ def train_and_evaluate(config, workdir) -> dict:
     _, loaded = checkpoint.load(config.pretrained, field="config.pretrained")
   build.check_views(config, train)
   variables = build.init(config, model, train, loaded)  # may not fit
-  if done := rundir.begin(
-    config,
-    workdir,
-    num_steps=num_steps,
-    num_images=len(train),
-    label_names=label_names,
-  ):
+  if done := rundir.begin(config, workdir, num_steps, len(train), label_names):
     return done
   _check_teacher_unchanged(config, workdir, about)
 

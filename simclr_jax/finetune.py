@@ -177,11 +177,7 @@ def train_and_evaluate(config, workdir) -> dict:
   model = make_model(config, num_classes=train.num_classes)
   build.check_views(config, train)
   if done := rundir.begin(
-    config,
-    workdir,
-    num_steps=num_steps,
-    num_images=len(train),
-    label_names=train.label_names,
+    config, workdir, num_steps, len(train), train.label_names
   ):
     return done
 
@@ -249,7 +245,7 @@ def resolve_network(config) -> dict | None:
     print("finetune: config.pretrained is empty, so training from scratch")
     return None
   stored, loaded = lineage.load_pretrained(config)
-  if config_lib.flat(stored).get("loss.name") == "supcon":
+  if stored.loss.name == "supcon":
     _refuse_known_labels(config, stored)
   where = f"the checkpoint {config.pretrained}"
   config_lib.inherit(config, config_lib.flat(stored), names, where=where)

@@ -29,7 +29,7 @@ def refuse_seen(config, other, *, field: str) -> None:
     other: the config of the run in `config.pretrained` or `config.teacher`.
     field: which of the two.
   """
-  mine, theirs = config.data.eval_fraction, other.data.get("eval_fraction", 0.0)
+  mine, theirs = config.data.eval_fraction, other.data.eval_fraction
   names = {storage.spelled(c.data.name) for c in (config, other)}
   if len(names) == 1 and config.data.eval_split and mine != theirs:
     raise UserError(

@@ -204,11 +204,7 @@ def train_and_evaluate(config, workdir) -> dict:
   model = make_model(config, num_classes=train.num_classes)
   build.check_views(config, train)
   if done := rundir.begin(
-    config,
-    workdir,
-    num_steps=num_steps,
-    num_images=len(train),
-    label_names=train.label_names,
+    config, workdir, num_steps, len(train), train.label_names
   ):
     return done
 

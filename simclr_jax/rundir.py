@@ -31,7 +31,7 @@ DIVERGED = "diverged.json"
 
 
 def begin(
-  config, workdir, *, num_steps: int, num_images: int, label_names
+  config, workdir, num_steps: int, num_images: int, label_names
 ) -> dict | None:
   """`claim` with `check_data`; returns the result of a run that is complete."""
 

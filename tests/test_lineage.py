@@ -6,7 +6,7 @@ import pytest
 import test_rundir
 
 from simclr_jax import cli, finetune, lineage
-from simclr_jax.config import UserError, set_field
+from simclr_jax.config import UserError, from_json_tree, set_field
 
 
 def make_config(stage, **fields):
@@ -28,9 +28,9 @@ def test_images_held_out_are_new_to_the_teacher():
     lineage.refuse_seen(spelled, teacher, field="teacher")
   with teacher.data.unlocked():
     del teacher.data.eval_fraction  # of an earlier version: there was none
+  teacher = from_json_tree(teacher.to_dict())
   set_field(student, "data.eval_fraction", 0.0)
   lineage.refuse_seen(student, teacher, field="teacher")
-  set_field(teacher, "data.eval_fraction", 0.0)
   for name, value in (("eval_split", ""), ("name", "folder:others")):
     other = make_config("distill", **{f"data__{name}": value})
     lineage.refuse_seen(other, teacher, field="teacher")

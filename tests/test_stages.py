@@ -422,16 +422,14 @@ def test_a_workdir_of_another_run_is_refused_before_data_is_read(
 @pytest.mark.parametrize(
   "config, found",
   [
-    (cli.load_recipe("digits", stage="finetune"), "finetune"),
-    ({"seed": 0}, "None"),
-    ("digits", "str"),
-    (None, "NoneType"),
+    (cli.load_recipe("digits", stage="finetune"), "a config of finetune"),
+    ({"seed": 0}, "a dict without a stage"),
+    ("digits", "a str without a stage"),
+    (None, "a NoneType without a stage"),
   ],
 )
 def test_a_config_of_another_stage(config, found, tmp_path):
-  with pytest.raises(
-    UserError, match=f"no config of pretrain, but of {found};"
-  ):
+  with pytest.raises(UserError, match=f"a config of pretrain, got {found};"):
     pretrain.train_and_evaluate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
