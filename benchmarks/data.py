@@ -29,8 +29,7 @@ import numpy as np
 import PIL.Image
 
 from simclr_jax import data, datasets, sources
-from simclr_jax.data import fetch
-from simclr_jax.sources import decode
+from simclr_jax.sources import decode, workers
 
 
 def seconds_of(fn):
@@ -200,7 +199,7 @@ def measure_stream(args):
   fast, cores = decode.simplejpeg, os.sched_getaffinity(0)
   ends = {", Pillow": None} | ({", simplejpeg": fast} if fast else {})
   os.sched_setaffinity(0, {min(cores)})  # also of torchvision's process
-  fetch.threads.cache_clear()
+  workers.threads.cache_clear()
   with tempfile.TemporaryDirectory() as temporary:
     folder, out = Path(temporary, "images"), Path(temporary, "out")
     (folder / "class").mkdir(parents=True)
@@ -237,7 +236,7 @@ def measure_stream(args):
       forms["torchvision, two views"] = peer(args.peer, folder)
     seconds = alternating(forms, args.rounds)
   os.sched_setaffinity(0, cores)
-  fetch.threads.cache_clear()
+  workers.threads.cache_clear()
   rate = {
     name: len(source) * epochs.get(name, 1) / value
     for name, value in seconds.items()
@@ -255,7 +254,7 @@ def measure_stream(args):
 
 def measure_threads(args):
   """Decoding by all threads, and by as many processes, over one thread."""
-  cores = fetch.num_cores()
+  cores = workers.num_cores()
   with tempfile.TemporaryDirectory() as folder:
     source = photos(folder, max(args.images, 32 * cores))
     parts = np.array_split(np.arange(len(source)), cores)
@@ -278,7 +277,7 @@ def measure_threads(args):
         # Before any thread is there, which a fork would lose.
         "processes": processes,
         "one": lambda: fetched(range(len(source))),
-        "threads": lambda: list(fetch.threads().map(fetched, parts)),
+        "threads": lambda: list(workers.threads().map(fetched, parts)),
       },
       args.rounds,
     )
@@ -378,7 +377,7 @@ def main():
         flush=True,
       )
   if args.output:
-    about = {"cores": fetch.num_cores(), "python": platform.python_version()}
+    about = {"cores": workers.num_cores(), "python": platform.python_version()}
     text = json.dumps({**about, "rows": rows}, indent=2)
     Path(args.output).write_text(text + "\n")
 

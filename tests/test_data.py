@@ -21,7 +21,7 @@ from simclr_jax import build, cli, data, hosts
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 from simclr_jax.data.scan import with_listed_labels
-from simclr_jax.sources import Source, make_source
+from simclr_jax.sources import Source, make_source, workers
 
 
 def make_dataset(num_examples, size=2):
@@ -243,7 +243,7 @@ def source_of(images, labels=None, fails_at=(), reads=None):
 
 @pytest.mark.parametrize("num_threads", [1, 5])
 def test_load_digits(num_threads, monkeypatch):
-  monkeypatch.setattr(data.fetch, "num_cores", lambda: num_threads)
+  monkeypatch.setattr(workers, "num_cores", lambda: num_threads)
   source = make_source("digits", split="train")
   done = []
   dataset = data.load(
@@ -281,7 +281,7 @@ def test_load_fits_images_to_the_canvas():
 
 
 def test_load_names_a_damaged_image_and_stops(monkeypatch):
-  monkeypatch.setattr(data.fetch, "num_cores", lambda: 1)
+  monkeypatch.setattr(workers, "num_cores", lambda: 1)
   images = [np.zeros((2, 2, 1), np.uint8)] * 300_000
   threads = threading.active_count()
   reads = []

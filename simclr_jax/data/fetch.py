@@ -1,8 +1,6 @@
-"""Reading images that may be damaged, and threads to do it in."""
+"""Reading images that may be damaged."""
 
-import concurrent.futures
 import functools
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,22 +20,6 @@ def check_on_error(on_error: str) -> None:
       f'on_error must be one of {", ".join(ON_ERROR)}; got "{on_error}"'
       f"{nearest(str(on_error), ON_ERROR)}"
     )
-
-
-def num_cores() -> int:
-  """Cores that this process may use."""
-  try:
-    return len(os.sched_getaffinity(0))
-  except AttributeError:  # Not on Linux.
-    return os.cpu_count() or 1
-
-
-@functools.lru_cache(maxsize=1)
-def threads() -> concurrent.futures.ThreadPoolExecutor:
-  """The decoding threads of this process, one a core."""
-  return concurrent.futures.ThreadPoolExecutor(
-    num_cores(), thread_name_prefix="decode"
-  )
 
 
 def fetch_all(

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from simclr_jax import config
 from simclr_jax.data import cache, fetch
 from simclr_jax.data.stream import Streamed
-from simclr_jax.sources import Source
+from simclr_jax.sources import Source, workers
 
 # Examples that one thread reads and decodes at a time.
 _CHUNK = 256
@@ -224,7 +224,7 @@ def load(
       images[i, :height, :width] = image
     return len(indices)
 
-  with concurrent.futures.ThreadPoolExecutor(fetch.num_cores()) as pool:
+  with workers.make_threads() as pool:
     futures = [pool.submit(fill, i) for i in range(0, total, _CHUNK)]
     try:
       done = 0

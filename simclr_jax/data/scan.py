@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from simclr_jax.config import UserError
-from simclr_jax.data import cache, fetch
-from simclr_jax.sources import Source
+from simclr_jax.data import cache
+from simclr_jax.sources import Source, workers
 from simclr_jax.sources.labels_csv import shown
 
 # Records that are read at a time.
@@ -48,7 +48,7 @@ def scan_labels(
     return [label if name in listed else -1 for name, label in records]
 
   starts = range(0, len(source), _CHUNK)
-  parts = list(fetch.threads().map(scan, starts))
+  parts = list(workers.threads().map(scan, starts))
   if missing := sorted(listed - found):
     raise UserError(
       f"{len(missing)} of the {len(listed)} ids in data.label_ids are not in "

@@ -12,10 +12,10 @@ import numpy as np
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch
 from simclr_jax.data.scan import scan_labels
-from simclr_jax.sources import Source
+from simclr_jax.sources import Source, workers
 
-# Examples that one thread reads and decodes at a time, at most.
-_CHUNK = 32
+# Examples that one thread reads and decodes at a time, at least and at most.
+_CHUNKS = 4, 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +106,8 @@ class Streamed:
     }
     if self.on_error == "skip":
       batch["replaced"] = np.zeros(n, bool)
-    chunk = min(_CHUNK, -(-n // (2 * fetch.num_cores())))
+    # Small, so that all threads end a batch at about the same time.
+    chunk = min(max(-(-n // (8 * workers.num_cores())), _CHUNKS[0]), _CHUNKS[1])
 
     def fill(start):
       part = [int(i) for i in indices[start : start + chunk]]
@@ -126,7 +127,7 @@ class Streamed:
         height, width = batch["size"][row] = image.shape[:2]
         batch["image"][row, :height, :width] = image
 
-    for _ in fetch.threads().map(fill, range(0, n, chunk)):
+    for _ in workers.threads().map(fill, range(0, n, chunk)):
       pass
     return batch
 

@@ -13,6 +13,7 @@ from tqdm import auto
 from simclr_jax import sources
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch, memory
+from simclr_jax.sources import workers
 from simclr_jax.sources.labels_csv import shown
 
 # Images that one thread looks at before it takes others.
@@ -72,7 +73,7 @@ def check(
   looked = []
   starts = range(0, len(source), CHUNK)
   with auto.tqdm(total=len(source), unit="image", disable=None) as bar:
-    for found in fetch.threads().map(look, starts):
+    for found in workers.threads().map(look, starts):
       looked += found
       bar.update(len(found))
   rate = len(looked) / max(time.perf_counter() - begin, 1e-9)
@@ -143,7 +144,7 @@ def print_report(
   groups = report["duplicates"]
   lines.append(f"contents that are there more than once: {len(groups)}")
   lines += [f"  {' = '.join(group)}" for group in groups]
-  rate, cores = report["images_per_second"], fetch.num_cores()
+  rate, cores = report["images_per_second"], workers.num_cores()
   lines.append(f"read and decoded: {rate:.0f} images/s on {cores} core(s)")
   in_memory = False
   if "canvas_size" in report:

@@ -15,6 +15,7 @@ from simclr_jax import sources, storage
 from simclr_jax.config import UserError
 from simclr_jax.data import fetch
 from simclr_jax.datasets.checking import CHUNK, header
+from simclr_jax.sources import workers
 from simclr_jax.sources.decode import has_exif
 
 # Images a file of a packed dataset; a stopped `pack` repeats at most one.
@@ -212,7 +213,7 @@ def _packed(source, indices, canvas_size, *, lossless, on_skip):
     return records
 
   starts = range(0, len(indices), CHUNK)
-  for records in fetch.threads().map(encode, starts):
+  for records in workers.threads().map(encode, starts):
     yield from records
 
 

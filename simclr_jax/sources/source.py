@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from simclr_jax import config
-from simclr_jax.sources.decode import decode
+from simclr_jax.sources.workers import decode_all
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,13 +92,16 @@ class Source:
       config.UserError: an image is damaged; names the record or file.
     """
     indices = [int(i) for i in indices]
-    examples = []
-    for index, (record, label) in zip(indices, self.read(indices), strict=True):
-      try:
-        image = decode(record, channels=self.channels, max_size=max_size)
-      except ValueError as error:
-        raise config.UserError(f"{self.describe(index)}: {error}") from error
-      if self.labels is not None:
-        label = int(self.labels[index])
-      examples.append((image, label))
-    return examples
+    examples = self.read(indices)
+    images = decode_all(
+      [record for record, _ in examples],
+      channels=self.channels,
+      max_size=max_size,
+    )
+    labels = [label for _, label in examples]
+    if self.labels is not None:
+      labels = self.labels[indices].tolist()
+    for index, image in zip(indices, images, strict=True):
+      if isinstance(image, ValueError):
+        raise config.UserError(f"{self.describe(index)}: {image}") from image
+    return list(zip(images, labels, strict=True))
