@@ -123,8 +123,26 @@ def test_a_process_that_is_killed_is_done_without(source, started, capfd):
   for _ in range(3):
     batch = dataset.gather(np.arange(40))
     np.testing.assert_array_equal(batch["image"], expected["image"])
+  assert all(process.returncode == -signal.SIGKILL for process in started)
   (line,) = capfd.readouterr().err.splitlines()
   assert line.startswith("warning: a decoding process is gone (")
+
+
+class Deadly(int):
+  """A number that ends the process that it is sent to."""
+
+  def __reduce__(self):
+    return os._exit, (3,)
+
+
+def test_one_that_dies_of_its_work_is_done_without(started, capfd):
+  with workers.make_threads() as pool:
+    # Nothing that it leaves unread, which would be another error.
+    options = {"channels": 3, "max_size": Deadly(8)}
+    future = pool.submit(workers.decode_all, [], **options)
+    assert future.result(timeout=60) == []
+  assert [process.returncode for process in started] == [3]
+  assert "is gone (it ended)" in capfd.readouterr().err
 
 
 def test_one_that_cannot_start_is_done_without(
@@ -164,6 +182,14 @@ def test_few_cores_or_little_work_need_none(
   monkeypatch.setattr(workers, name, value)
   data.Streamed(source, 16, on_error="drop").gather(np.arange(40))
   assert not started
+
+
+def test_patience_is_with_all_that_a_thread_decoded(
+  source, started, monkeypatch
+):
+  monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1e-9)
+  data.Streamed(source, 16, on_error="drop").gather(np.arange(40))
+  assert started
 
 
 def test_pixels_are_not_sent_around(started):

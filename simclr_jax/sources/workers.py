@@ -175,7 +175,7 @@ def serve(channel: int) -> None:
       found = _decode_each(records, options)
       images = [x for x in found if isinstance(x, np.ndarray)]
       shapes = [str(x) if isinstance(x, ValueError) else x.shape for x in found]
-      _send(opened, shapes, map(np.ascontiguousarray, images))
+      _send(opened, shapes, images)
 
 
 def _send(channel, header, parts):
