@@ -35,7 +35,19 @@ if [ $# = 0 ]; then
   check ruff format --check .
   check mypy
 fi
-check pytest ${all:+-m ""} "$@"
+# Side by side, a file at a time; slow tests alone, because some of them measure.
+parallel=""
+[ $# != 0 ] || parallel="--numprocesses=auto --maxprocesses=8 --dist=loadfile"
+# Unquoted: several words or none.
+# shellcheck disable=SC2086
+if [ -z "$all" ]; then
+  check pytest $parallel "$@"
+elif [ $# = 0 ]; then
+  check pytest $parallel
+  check pytest -m slow
+else
+  check pytest -m "" "$@"
+fi
 
 if [ -n "$all" ]; then
   # JAX's oldest supported release comes with Python 3.11, its newest with 3.12
@@ -47,7 +59,8 @@ if [ -n "$all" ]; then
     install "$other" test || exit 1
     unlock
     python="$other/bin/python"
-    check pytest "$@"
+    # shellcheck disable=SC2086
+    check pytest $parallel "$@"
   else
     unlock
     echo "SKIPPED the tests on a second Python: $missing"

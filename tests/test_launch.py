@@ -386,6 +386,9 @@ def test_a_tpu_gets_its_extra(machine, tmp_path):
   assert machine.source(code).stdout == "tpu\n"
 
 
+PARALLEL = ["--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile"]
+
+
 def test_test_passes_arguments_to_pytest_alone(machine):
   machine.python("python3", 11)
   script = str(machine.root / "launch" / "test.sh")
@@ -403,12 +406,13 @@ def test_test_runs_every_check_and_names_those_that_failed(machine):
     ["-m", "ruff", "check", "."],
     ["-m", "ruff", "format", "--check", "."],
     ["-m", "mypy"],
-    ["-m", "pytest", "-m", ""],
+    ["-m", "pytest", *PARALLEL],
+    ["-m", "pytest", "-m", "slow"],
   ]
   assert (
     "SKIPPED the tests on a second Python: needs Python 3.12" in done.stdout
   )
-  assert done.stderr == "failed: ruff, ruff, mypy, pytest\n"
+  assert done.stderr == "failed: ruff, ruff, mypy, pytest, pytest\n"
 
 
 def test_all_runs_a_second_python(machine):
@@ -421,8 +425,12 @@ def test_all_runs_a_second_python(machine):
   machine.source("find_python() { python=python3; }; setup test")
   done = machine.bash(script, "--all")
   assert "SKIPPED" not in done.stdout
-  assert [args[:2] for args in ran(done)].count(["-m", "pytest"]) == 2
-  assert done.stderr == "failed: ruff, ruff, mypy, pytest, pytest\n"
+  assert ran(done)[-3:] == [
+    ["-m", "pytest", *PARALLEL],
+    ["-m", "pytest", "-m", "slow"],
+    ["-m", "pytest", *PARALLEL],
+  ]
+  assert done.stderr == "failed: ruff, ruff, mypy, pytest, pytest, pytest\n"
   assert (machine.root / ".venv-second" / "bin" / "python").exists()
 
 
