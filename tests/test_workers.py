@@ -2,11 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
+import PIL.Image
+import PIL.ImageFile
 import pytest
 from test_folder import open_tree, write_tree
 from test_sources import encode, photo
@@ -99,7 +102,7 @@ def test_loading_is_the_same_and_ends_its_processes(source, started, here):
   np.testing.assert_array_equal(dataset.images, expected.images)
   np.testing.assert_array_equal(dataset.sizes, expected.sizes)
   assert started
-  assert all(process.poll() == 0 for process in started)
+  assert all(process.poll() is not None for process in started)
 
 
 def test_the_damaged_image_is_named(source, started, here):
@@ -125,7 +128,7 @@ def test_a_process_that_is_killed_is_done_without(source, started, capfd):
     np.testing.assert_array_equal(batch["image"], expected["image"])
   assert all(process.returncode == -signal.SIGKILL for process in started)
   (line,) = capfd.readouterr().err.splitlines()
-  assert line.startswith("warning: a decoding process is gone (")
+  assert line.startswith("warning: a decoding process cannot be used (")
 
 
 class Deadly(int):
@@ -139,21 +142,86 @@ def test_one_that_dies_of_its_work_is_done_without(started, capfd):
   with workers.make_threads() as pool:
     # Nothing that it leaves unread, which would be another error.
     options = {"channels": 3, "max_size": Deadly(8)}
-    future = pool.submit(workers.decode_all, [], **options)
-    assert future.result(timeout=60) == []
+    future = pool.submit(workers.decode_all, [b""], **options)
+    assert "the image is empty" in str(future.result(timeout=60)[0])
   assert [process.returncode for process in started] == [3]
-  assert "is gone (it ended)" in capfd.readouterr().err
+  assert "cannot be used (it ended)" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+  ("python", "reason"),
+  [("/nowhere/python", "No such file"), (None, "Permission denied")],
+)
 def test_one_that_cannot_start_is_done_without(
-  source, started, monkeypatch, capfd
+  python, reason, source, started, monkeypatch, capfd
 ):
-  monkeypatch.setattr(sys, "executable", "/nowhere/python")
+  monkeypatch.setattr(sys, "executable", python)
   dataset = data.Streamed(source, 16, on_error="drop")
   for _ in range(2):
     assert dataset.gather(np.arange(40))["image"].any()
   (line,) = capfd.readouterr().err.splitlines()
-  assert "No such file" in line
+  assert reason in line
+
+
+def test_an_answer_that_was_left_is_no_other_ones(started, monkeypatch):
+  """What an exception leaves in the channel would be the next one's pixels."""
+  first, second = ([encode(photo(9, 9 + i))] for i in range(2))
+  options = {"channels": 3, "max_size": 0}
+  receive = workers._receive
+
+  def interrupted(channel):
+    raise MemoryError
+
+  monkeypatch.setattr(workers, "num_cores", lambda: 1)
+  monkeypatch.setattr(workers, "_LEAST_CORES", 1)
+  with workers.make_threads() as pool:
+    pool.submit(workers.decode_all, first, **options).result()
+    monkeypatch.setattr(workers, "_receive", interrupted)
+    with pytest.raises(MemoryError):
+      pool.submit(workers.decode_all, first, **options).result()
+    monkeypatch.setattr(workers, "_receive", receive)
+    (image,) = pool.submit(workers.decode_all, second, **options).result()
+  assert image.shape == (9, 10, 3)
+
+
+def test_what_is_stopped_or_held_by_a_fork_is_ended(started):
+  with workers.make_threads() as pool:
+    options = {"channels": 3, "max_size": 0}
+    records = [encode(photo(9, 9))]
+    pool.submit(workers.decode_all, records, **options).result()
+    held = pool.submit(lambda: os.dup(workers._own.worker._channel.fileno()))
+    started[0].send_signal(signal.SIGSTOP)
+  assert started[0].returncode == -signal.SIGKILL
+  os.close(held.result())
+
+
+def test_the_default_timeout_of_sockets_is_not_theirs(source, started, capfd):
+  socket.setdefaulttimeout(0.001)
+  try:
+    dataset = data.Streamed(source, 16, on_error="drop")
+    for _ in range(3):
+      time.sleep(0.05)
+      dataset.gather(np.arange(40))
+  finally:
+    socket.setdefaulttimeout(None)
+  assert capfd.readouterr().err == ""
+
+
+def test_pillow_is_set_up_as_here(started, monkeypatch):
+  image = encode(photo(64, 64))
+  options = {"channels": 3, "max_size": 0}
+  with workers.make_threads() as pool:
+
+    def decoded():
+      records = [image[: len(image) * 2 // 3]]
+      return pool.submit(workers.decode_all, records, **options).result()[0]
+
+    assert "truncated" in str(decoded())
+    monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert decoded().shape == (64, 64, 3)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    assert "decompression bomb" in str(decoded())
+  assert started
 
 
 def test_signals_of_a_job_do_not_end_them(source, started):
@@ -162,6 +230,7 @@ def test_signals_of_a_job_do_not_end_them(source, started):
   for process in started:
     assert os.getpgid(process.pid) != os.getpgid(0)  # what Ctrl-C goes to
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
   batch = dataset.gather(np.arange(40))
   np.testing.assert_array_equal(batch["image"], expected["image"])
   assert all(process.poll() is None for process in started)

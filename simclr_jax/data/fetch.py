@@ -39,8 +39,8 @@ def fetch_each(
 ) -> list[tuple[np.ndarray, int] | UserError]:
   """As `source.fetch`, with the error in the place of a damaged image."""
   try:
-    return list(source.fetch(indices, max_size=max_size))
-  except UserError as error:
+    return source.fetch_each(indices, max_size=max_size)
+  except UserError as error:  # One cannot be read: which?
     if len(indices) == 1:
       return [error]
   return [fetch_each(source, [i], max_size=max_size)[0] for i in indices]

@@ -91,17 +91,34 @@ class Source:
     Raises:
       config.UserError: an image is damaged; names the record or file.
     """
+    examples = []
+    for example in self.fetch_each(indices, max_size=max_size):
+      if isinstance(example, config.UserError):
+        raise example
+      examples.append(example)
+    return examples
+
+  def fetch_each(
+    self, indices: Sequence[int], *, max_size: int = 0
+  ) -> list[tuple[np.ndarray, int] | config.UserError]:
+    """As `fetch`, with the error in the place of an image that is damaged.
+
+    Raises:
+      config.UserError: one of them cannot be read at all.
+    """
     indices = [int(i) for i in indices]
-    examples = self.read(indices)
+    records = self.read(indices)
     images = decode_all(
-      [record for record, _ in examples],
+      [record for record, _ in records],
       channels=self.channels,
       max_size=max_size,
     )
-    labels = [label for _, label in examples]
-    if self.labels is not None:
-      labels = self.labels[indices].tolist()
-    for index, image in zip(indices, images, strict=True):
+    examples: list[tuple[np.ndarray, int] | config.UserError] = []
+    for index, (_, label), image in zip(indices, records, images, strict=True):
       if isinstance(image, ValueError):
-        raise config.UserError(f"{self.describe(index)}: {image}") from image
-    return list(zip(images, labels, strict=True))
+        examples.append(config.UserError(f"{self.describe(index)}: {image}"))
+        continue
+      if self.labels is not None:
+        label = int(self.labels[index])
+      examples.append((image, label))
+    return examples

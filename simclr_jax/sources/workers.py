@@ -24,6 +24,8 @@ import weakref
 from collections.abc import Sequence
 
 import numpy as np
+import PIL.Image
+import PIL.ImageFile
 
 from simclr_jax.sources.decode import decode
 
@@ -34,11 +36,20 @@ _MOST_WORKERS = 64
 # What a thread decodes itself, before it starts a process (0.3 seconds).
 _PATIENCE_SECONDS = 0.5
 
+# Images that are sent at a time, so that a worker holds no more.
+_CHUNK = 32
 _SIZE = struct.Struct("<Q")
-# Of each thread: `seconds` that it has decoded, None where it has no process of
-# its own and gets none; `worker`, once it has one.
-_own = threading.local()
 _warned = threading.Event()
+
+
+class _Own(threading.local):
+  """What a thread has of its own."""
+
+  seconds: float | None = None  # it has decoded; None: it may have no worker
+  worker: "_Worker | None" = None
+
+
+_own = _Own()
 
 
 def num_cores() -> int:
@@ -77,30 +88,35 @@ def decode_all(
   cannot be started) is done without: what it was to decode is decoded here.
   """
   options = {"channels": channels, "max_size": max_size}
-  seconds = getattr(_own, "seconds", None)
-  if seconds is None or any(isinstance(r, np.ndarray) for r in records):
+  if _own.seconds is None or any(isinstance(r, np.ndarray) for r in records):
     return _decode_each(records, options)
-  if seconds < _PATIENCE_SECONDS:
+  if _own.seconds < _PATIENCE_SECONDS:
     begin = time.perf_counter()
     found = _decode_each(records, options)
     _own.seconds += time.perf_counter() - begin
     return found
+  # Put back only where all that it answers was taken: what an exception left
+  # would be the next one's answer.
+  worker, _own.worker = _own.worker, None
   try:
-    if not hasattr(_own, "worker"):
-      _own.worker = _Worker()
-    return _own.worker.decode_all(records, options)
+    worker = worker or _Worker()
+    found = []
+    for start in range(0, len(records), _CHUNK):
+      found += worker.decode_all(records[start : start + _CHUNK], options)
   except (OSError, EOFError) as error:
     _own.seconds = None
-    vars(_own).pop("worker", None)
     if not _warned.is_set():  # All may be gone at the same time.
       _warned.set()
       print(
-        f"warning: a decoding process is gone ({error}); this one decodes in "
-        "its place, which may be slower.",
+        f"warning: a decoding process cannot be used ({error}); this one "
+        "decodes in its place, which may be slower.",
         file=sys.stderr,
         flush=True,
       )
-    return _decode_each(records, options)
+  else:
+    _own.worker = worker
+    return found
+  return _decode_each(records, options)
 
 
 def _decode_each(records, options):
@@ -109,7 +125,7 @@ def _decode_each(records, options):
     try:
       found.append(decode(record, **options))
     except ValueError as error:
-      found.append(error)
+      found.append(error.with_traceback(None))  # it would keep the records
   return found
 
 
@@ -119,16 +135,17 @@ class _Worker:
   def __init__(self):
     ours, theirs = socket.socketpair()
     # Not multiprocessing, whose processes run the user's script once more.
+    path = [folder for folder in sys.path if isinstance(folder, str)]
     code = (
-      f"import sys; sys.path[:] = {[os.fspath(p) for p in sys.path]!r}; "
-      "from simclr_jax.sources import workers; "
-      f"workers.serve({theirs.fileno()})"
+      f"import sys; sys.path[:] = {path!r}; "
+      "from simclr_jax.sources import workers; workers.serve()"
     )
     try:
+      for end in ours, theirs:
+        end.settimeout(None)  # whatever the default for sockets is
       process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
+        [sys.executable or "", "-c", code],
+        stdin=theirs.fileno(),
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         start_new_session=True,  # Ctrl-C is for this one.
       )
@@ -142,7 +159,8 @@ class _Worker:
     weakref.finalize(self, self._end, ours, process)
 
   def decode_all(self, records, options):
-    _send(self._channel, (options, [len(r) for r in records]), records)
+    header = options, _pillow_settings(), [len(record) for record in records]
+    _send(self._channel, header, records)
     return [
       ValueError(found)
       if isinstance(found, str)
@@ -153,35 +171,46 @@ class _Worker:
   @staticmethod
   def _end(channel, process):
     channel.close()
+    process.kill()  # It may be stopped, or a fork may hold the channel open.
     process.wait()
 
 
-def serve(channel: int) -> None:
+def serve() -> None:
   """What a worker runs: decodes what comes, until its end of the socket closes.
 
-  Args:
-    channel: the number of an open socket.
+  The socket is its standard input.
   """
-  # A job's manager sends it to all processes: the parent, which saves first,
-  # decides when this one ends.
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  # They may go to all processes of a job: the parent, which saves first, says
+  # when this one ends.
+  for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, signal.SIG_IGN)
   with (
     contextlib.suppress(EOFError, ConnectionError),
-    socket.socket(fileno=channel) as opened,
+    socket.socket(fileno=0) as channel,
   ):
     while True:
-      options, sizes = _receive(opened)
-      records = [_take(opened, size).tobytes() for size in sizes]
+      options, settings, sizes = _receive(channel)
+      _pillow_settings(settings)
+      records = [_take(channel, size).tobytes() for size in sizes]
       found = _decode_each(records, options)
       images = [x for x in found if isinstance(x, np.ndarray)]
       shapes = [str(x) if isinstance(x, ValueError) else x.shape for x in found]
-      _send(opened, shapes, images)
+      _send(channel, shapes, images)
+
+
+def _pillow_settings(new=None):
+  """(pixels that Pillow takes for an attack, whether it accepts cut files)."""
+  if new:
+    PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES = new
+  return PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def _send(channel, header, parts):
   """A small object, then bytes whose number it tells."""
   head = pickle.dumps(header)
-  channel.sendall(b"".join([_SIZE.pack(len(head)), head, *parts]))
+  channel.sendall(_SIZE.pack(len(head)) + head)
+  for part in parts:
+    channel.sendall(part)
 
 
 def _receive(channel):
