@@ -223,7 +223,16 @@ def _read(manager, step: int) -> tuple[dict, dict]:
   state = items["state"]
   for name in ("params", "batch_stats", "opt_state"):
     state.setdefault(name, {})
-  return jax.tree.map(np.asarray, state), items["config"]
+  return jax.tree.map(np.asarray, state), _described(items)
+
+
+def _described(items) -> dict:
+  """What `save` has put beside the state: {"config", "extra"}."""
+  found = items["config"]
+  for name in ("config", "extra"):
+    if not isinstance(found, dict) or not isinstance(found.get(name), dict):
+      raise ValueError(f'its metadata has no "{name}"')
+  return found
 
 
 def load(workdir, *, field: str = "checkpoint"):
@@ -258,7 +267,7 @@ def load_described(workdir, *, field: str = "checkpoint"):
   >>> about["step"], about["label_names"][:3]
   (7, ['0', '1', '2'])
   """
-  directory = _directory(workdir)
+  directory = storage.root(workdir, field=field) / "checkpoints"
   if not directory.parent.exists():
     raise UserError(f"{field}: there is no directory {workdir}.")
   if not directory.exists():
@@ -295,12 +304,15 @@ def latest(workdir) -> tuple[int, dict, dict] | None:
     return None
   args = ocp.args.Composite(config=ocp.args.JsonRestore())
   with _reader(directory) as manager:
-    read = functools.partial(manager.restore, args=args)
+
+    def read(step):
+      return _described(manager.restore(step, args=args))
+
     found = _newest(manager, read, quiet=True)  # `restore_latest` says it
   if not found:
     return None
-  step, items = found
-  return step, items["config"]["config"], _composed(items["config"]["extra"])
+  step, described = found
+  return step, described["config"], _composed(described["extra"])
 
 
 def _composed(extra: dict) -> dict:

@@ -118,6 +118,11 @@ def parse(argv: list[str], *, stage: str):
   known = config_lib.flat(config)
   for field in fields:
     name = field.removeprefix("config.")
+    if name in ("stage", "recipe"):
+      raise UserError(
+        f"--{field} cannot be given; it is part of --config, such as "
+        f"--config={stage}.py:{config.recipe}."
+      )
     if name not in known:  # ml_collections would only say it is unknown
       raise UserError(
         f"unknown field --{field}{config_lib.nearest(name, list(known))} "

@@ -199,7 +199,8 @@ def check(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
       f"do not divide; take {divisible}, for example."
     )
   first, last = config.profile_steps
-  if (first, last) != (0, 0) and not 1 <= first <= last:
+  whole = all(isinstance(step, int) for step in config.profile_steps)
+  if (first, last) != (0, 0) and not (whole and 1 <= first <= last):
     raise UserError(
       f"config.profile_steps is {config.profile_steps}; expected the first and "
       "the last step, counted from 1, such as (10,12), or (0,0) for none."

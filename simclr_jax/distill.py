@@ -208,11 +208,6 @@ def train_and_evaluate(config, workdir) -> dict:
   """
   config = build.start(config, stage="distill")
   workdir = storage.path(workdir)
-  if config.loss.label_weight > 1:
-    raise UserError(
-      f"config.loss.label_weight is {config.loss.label_weight:g}; it must be "
-      "at most 1, which is labels alone."
-    )
   taught, teacher_variables, about = load_teacher(config)
   resolve_student(config, taught)
   lineage.refuse_seen(config, taught, field="teacher")
@@ -230,10 +225,11 @@ def train_and_evaluate(config, workdir) -> dict:
       f"{', '.join(label_names[:9])}; {config.data.name} has "
       f"{train.num_classes}, {', '.join(train.label_names[:9])}."
     )
-  if config.only_labelled:
-    train = train.select(_seen(train, about["labels_used"]))
-  elif config.loss.label_weight:
-    train = _hide_labels(train, about["labels_used"])
+  if config.only_labelled or config.loss.label_weight:
+    seen = _seen(train, about["labels_used"])
+    train = _hide_labels(train, seen)
+    if config.only_labelled:
+      train = train.select(seen)
   num_steps = config_lib.num_steps(config, len(train))
   model = make_model(config, num_classes=len(label_names))
   loaded = None
@@ -316,14 +312,13 @@ def resolve_student(config, taught) -> None:
 
 def _seen(train, used: dict) -> np.ndarray:
   """Which images the teacher was trained on with their labels."""
-  return data.label_subset(train.labels, label_names=train.label_names, **used)
+  return data.label_subset(train.listed, label_names=train.label_names, **used)
 
 
-def _hide_labels(train, used: dict):
+def _hide_labels(train, seen: np.ndarray):
   """Keeps the labels that the teacher was trained on, makes others -1."""
-  labels = np.full_like(train.labels, -1)
-  chosen = _seen(train, used)
-  labels[chosen] = train.labels[chosen]
+  labels = np.full_like(train.listed, -1)
+  labels[seen] = train.listed[seen]
   return train.with_labels(labels)
 
 

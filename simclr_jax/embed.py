@@ -26,6 +26,7 @@ import numpy as np
 
 from simclr_jax import cli, errors, feature_file, hosts, network, sources
 from simclr_jax.config import UserError
+from simclr_jax.data import order
 from simclr_jax.provenance import provenance
 from simclr_jax.storage import write_whole
 
@@ -87,6 +88,9 @@ def embed(
     data_dir=data_dir,
     labels=labels,
     eval_fraction=eval_fraction,
+  )
+  batch_size = order.at_most(
+    batch_size, num_examples=len(source), num_devices=jax.device_count()
   )
   if source.note:
     print(sources.as_flags(source.note, name="--data"), flush=True)

@@ -40,7 +40,8 @@ def ending() -> Iterator[None]:
   try:
     yield
   except (UserError, Diverged) as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    line = " ".join(str(error).splitlines())  # a value may have several
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, UserError) else 1)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr, flush=True)

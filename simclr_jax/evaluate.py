@@ -33,6 +33,7 @@ from simclr_jax import (
   probes,
 )
 from simclr_jax.config import UserError, nearest
+from simclr_jax.data.order import at_most
 from simclr_jax.data.splits import labels_needed
 from simclr_jax.feature_file import Features
 from simclr_jax.provenance import provenance
@@ -100,6 +101,8 @@ def evaluate(
       )
   if bool(checkpoint) == bool(features):
     raise UserError("give either --checkpoint=DIR or --features=FILE")
+  if features and (layer != "h" or batch_size):
+    raise UserError("--layer and --batch_size go with --checkpoint")
   if test_features and (checkpoint or folds):
     raise UserError("--test_features goes with --features, without --folds")
   if draws < 1 or folds < 0 or folds == 1 or num_neighbors < 0:
@@ -181,7 +184,9 @@ def _of_run(checkpoint, layer, folds, batch_size):
         net,
         source,
         layer=layer,
-        batch_size=batch_size,
+        batch_size=at_most(
+          batch_size, num_examples=len(source), num_devices=jax.device_count()
+        ),
         on_skip=print if fields.on_error == "skip" else None,
       )
     )

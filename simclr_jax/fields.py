@@ -13,6 +13,10 @@ _POSITIVE = (
   "eval_every_steps",
   "keep_checkpoints",
   "knn.num_neighbors",
+  "scratch.width",
+  "scratch.dim",
+  "scratch.head_width",
+  "scratch.image_size",
 )
 _NOT_NEGATIVE = (
   "seed",
@@ -33,16 +37,41 @@ _NOT_NEGATIVE = (
   "loss.block_size",
   "memory.size",
   "memory.momentum",
+  "scratch.canvas_size",
 )
+# Far above what is meant, and below what only fails after a while.
+_AT_MOST = {
+  "batch_size": 2**24,
+  "num_epochs": 1e6,
+  "label_percent": 100,
+  "data.image_size": 2**14,
+  "data.canvas_size": 2**14,
+  "model.width": 1000,
+  "head.width": 1000,
+  "head.dim": 2**20,
+  "head.num_layers": 100,
+  "loss.label_weight": 1,
+  "optim.warmup_epochs": 1e6,
+  "scratch.width": 1000,
+  "scratch.head_width": 1000,
+  "scratch.dim": 2**20,
+  "scratch.num_layers": 100,
+  "scratch.image_size": 2**14,
+  "scratch.canvas_size": 2**14,
+}
+_STEMS = ("auto", "imagenet", "cifar")
+_POOL_PADDINGS = ("auto", "same", "torch")
 _CHOICES = {
   "data.on_error": ("raise", "skip"),
   "model.dtype": ("auto", "float32", "bfloat16", "float64"),
-  "model.stem": ("auto", "imagenet", "cifar"),
+  "model.stem": _STEMS,
   "model.conv": ("auto", "xla", "cpu", "gpu"),
-  "model.pool_padding": ("auto", "same", "torch"),
+  "model.pool_padding": _POOL_PADDINGS,
   "loss.name": ("nt_xent", "supcon"),
   "optim.name": ("lars", "momentum", "adam"),
   "optim.scaling": ("linear", "sqrt", "none"),
+  "scratch.stem": _STEMS,
+  "scratch.pool_padding": _POOL_PADDINGS,
 }
 
 
@@ -72,6 +101,11 @@ def check(fields: Mapping) -> None:
   for name in _NOT_NEGATIVE:
     if name in fields and fields[name] < 0:
       raise UserError(f"config.{name} must not be negative: {fields[name]}.")
+  for name, most in _AT_MOST.items():
+    if name in fields and fields[name] > most:
+      raise UserError(
+        f"config.{name} must be at most {most:.12g}, got {fields[name]}."
+      )
   for name, allowed in _CHOICES.items():
     if name in fields and fields[name] not in allowed:
       raise UserError(

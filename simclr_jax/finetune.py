@@ -169,8 +169,9 @@ def train_and_evaluate(config, workdir) -> dict:
     config, workdir, channels=loaded and build.channels(loaded)
   )
   used = build.label_choice(config)
+  # Not of `labels`: what is in a damaged image's place differs by stage.
   train = train.select(
-    data.label_subset(train.labels, label_names=train.label_names, **used)
+    data.label_subset(train.listed, label_names=train.label_names, **used)
   )
   num_steps = config_lib.num_steps(config, len(train))
   linear = config.freeze_after_block == 4

@@ -8,6 +8,7 @@ from etils import epath
 
 from simclr_jax import config as config_lib
 from simclr_jax import network as network_lib
+from simclr_jax import rundir
 from simclr_jax.provenance import provenance
 
 _LOCAL = (
@@ -50,6 +51,9 @@ def text(
     library: that reads it: "torchvision" or "jax".
     usage: Python code that loads it.
     notes: sentences about what differs from what one might expect.
+
+  Raises:
+    UserError: config.json or result.json of the run is damaged.
   """
   config = _published(_stored(net))
   flat = config_lib.flat(config)
@@ -139,7 +143,7 @@ def _results(workdir) -> list[str]:
   file = epath.Path(workdir) / "result.json"
   if not file.exists():
     return ["The run has no result.json: not evaluated, or not finished."]
-  result = json.loads(file.read_text())
+  result = rundir.read_json(file, "dataset", "protocol", "top1", "top5", "seed")
 
   def percent(value):
     return "-" if value is None else f"{value:.2%}"
@@ -158,7 +162,7 @@ def _stored(net) -> dict:
   config = net.config.to_dict()
   file = epath.Path(net.about["workdir"]) / "config.json"
   if file.exists():
-    config["model"] = json.loads(file.read_text())["model"]
+    config["model"] = rundir.read_json(file, "model")["model"]
   return config
 
 

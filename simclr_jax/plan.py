@@ -39,6 +39,13 @@ FLAGS: dict[str, Any] = {
   "images": 0,  # 0: those of the dataset
   "output": "",  # a JSON file
 }
+# What a flag may be at most; JAX makes each of the devices on this machine.
+_MOST = {
+  "devices": 4096,
+  "memory_gib": 10**6,
+  "peak_tflops": 10**6,
+  "images": 10**12,
+}
 BLOCK = 256  # pairs a time, where a blockwise loss is tried
 
 
@@ -83,12 +90,14 @@ def plan(
 
   Args:
     config: of a stage, as a recipe makes it.
-    devices: how many JAX must have here; 0: any number.
-    memory_gib: of each device, GiB; 0: not compared.
-    peak_tflops: of each device, at the run's dtype; 0: from its name.
+    devices: how many JAX must have here, at most 4096; 0: any number.
+    memory_gib: of each device, GiB, at most 1e6; 0: not compared.
+    peak_tflops: of each device, at the run's dtype, at most 1e6; 0: from its
+      name.
     utilisation: the part of the peak that training reaches, in (0, 1].
-    images: of the dataset, where it cannot be opened; 0: the dataset's own.
-      What else is not known of it then (channels, classes) is assumed and said.
+    images: of the dataset, where it cannot be opened, at most 1e12; 0: the
+      dataset's own. What else is not known of it then (channels, classes) is
+      assumed and said.
 
   Returns:
     `estimate`'s dict and "num_steps", "hours" (None: not known), "fits" (None:
@@ -110,6 +119,7 @@ def plan(
     "images": images,
   }
   _check(options)
+  _check_devices(devices)
   num_devices = jax.device_count()
   config = config.copy_and_resolve_references().lock()
   on_cpu = jax.default_backend() == "cpu"
@@ -174,15 +184,19 @@ def _resolve_network(config) -> dict:
 
 
 def _check(options: dict) -> None:
+  """Before JAX starts, which many devices would keep busy for hours."""
   if not 0 < options["utilisation"] <= 1:
     raise UserError(
       f"--utilisation={options['utilisation']:g} must be above 0 and at most "
       "1: the part of the peak that training reaches, such as 0.4."
     )
-  for name in ("memory_gib", "peak_tflops", "images", "devices"):
-    if options[name] < 0:
-      raise UserError(f"--{name}={options[name]:g} must not be negative.")
-  have, want = jax.device_count(), options["devices"]
+  for name, most in _MOST.items():
+    if not 0 <= options[name] <= most:  # nor nan
+      raise UserError(f"--{name}={options[name]} must be from 0 to {most}.")
+
+
+def _check_devices(want: int) -> None:
+  have = jax.device_count()
   if want and want != have:
     raise UserError(
       f"--devices={want}, but JAX has {have} here: compile for a machine of "
@@ -269,6 +283,7 @@ def main(argv=None) -> None:
   with errors.ending():
     options, rest = _flags(argv)
     output = options.pop("output")
+    _check(options)
     given = [a.partition("=")[2] for a in rest if a.startswith("--config=")]
     if not given:
       raise UserError(

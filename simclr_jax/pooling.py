@@ -1,8 +1,8 @@
-"""The stem's max-pool, with a gradient that gathers.
+"""The stem's max-pool, with a gradient that gathers, and ResNet-D's mean.
 
-JAX's gradient scatters: on GPUs by atomic additions, whose order varies from
-run to run, on CPUs four times as slowly. TPUs have an instruction for it and
-keep it: gathering would move three times the bytes there.
+JAX's gradient of a max-pool scatters: on GPUs by atomic additions, whose order
+varies from run to run, on CPUs four times as slowly. TPUs have an instruction
+for it and keep it: gathering would move three times the bytes there.
 """
 
 import functools
@@ -119,3 +119,54 @@ def _gathered(x, place, grad, padding):
 
 
 max_pool.defvjp(_forward, _backward)
+
+
+def mean_pool(x, stride: int):
+  """The mean of 2x2 pixels, as the official ResNet-D pools before a shortcut.
+
+  A row and a column of zeros at the end count in the mean where the stride is
+  2, and do not where it is 1.
+
+  Args:
+    x: floats [n, H, W, C].
+    stride: 1 or 2, in pixels.
+
+  Returns:
+    [n, ceil(H / stride), ceil(W / stride), C].
+
+  >>> mean_pool(jnp.ones((1, 3, 4, 1)), 2)[0, :, :, 0].tolist()
+  [[1.0, 1.0], [0.5, 0.5]]
+  """
+
+  def by_jax(x):
+    y = nn.avg_pool(
+      x,
+      (2, 2),
+      (stride, stride),
+      ((0, 1), (0, 1)),
+      count_include_pad=stride > 1,
+    )
+    return y.astype(x.dtype)
+
+  added = functools.partial(_mean_of_added, stride=stride)
+  return jax.lax.platform_dependent(x, cpu=added, default=by_jax)
+
+
+def _mean_of_added(x, stride):
+  """On CPUs XLA's window would read the one pixel of a map of 1x1 four times.
+
+  Where the batch has some thousand values, with jax 0.10.2 to 0.12.0.1.
+  """
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  zeros = [(0, 0), (0, 1), (0, 1), (0, 0)]
+
+  def added(x):
+    padded = jnp.pad(x.astype(wide), zeros)
+    ends = padded.shape[1] - 1, padded.shape[2] - 1
+    return sum(
+      padded[:, i : ends[0] + i : stride, j : ends[1] + j : stride]
+      for i, j in np.ndindex(2, 2)
+    )
+
+  count = added(jnp.ones_like(x[:1, :, :, :1])) if stride == 1 else 4
+  return (added(x) / count).astype(x.dtype)

@@ -310,6 +310,8 @@ def _make_evaluate(config, model, train, test):
     return None
   bank = train.select(_bank(config, train.labels))
   probe = model.classifier is not None
+  if not len(bank) and not probe:  # nothing to tell
+    return None
   predict_fn = predict.make_predict(
     model,
     size=config.data.image_size,

@@ -102,15 +102,7 @@ class Stem(nn.Module):
 def _shortcut(x, filters, strides, *, resnet_d, conv, norm):
   """The projection shortcut; ResNet-D pools before a 1x1 of stride 1."""
   if resnet_d:
-    # The official padding, one row and column of zeros at the end, counts in
-    # the mean where the stride is 2 and does not where it is 1.
-    x = nn.avg_pool(
-      x,
-      (2, 2),
-      (strides, strides),
-      ((0, 1), (0, 1)),
-      count_include_pad=strides > 1,
-    )
+    x = pooling.mean_pool(x, strides)
     strides = 1
   x = conv(filters, 1, strides, name="shortcut_conv")(x)
   return norm(name="shortcut_bn")(x)

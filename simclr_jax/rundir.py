@@ -28,6 +28,7 @@ _LENGTH = ("num_epochs", "num_steps")
 # Other runs, which may have been moved: their networks' fingerprints count.
 _NETWORKS = ("pretrained", "teacher")
 DIVERGED = "diverged.json"
+_OTHER = "take another --workdir"
 
 
 def begin(
@@ -77,7 +78,7 @@ def claim(
   def check_all():
     _check_shared(workdir / ".nonce", nonce)
     if marker.exists():
-      found = _read(marker, "step", "problem")
+      found = read_json(marker, "step", "problem", hint=_OTHER)
       raise UserError(
         f"--workdir={workdir} holds a run that ended because at step "
         f"{found['step']} {found['problem']}; the same command would come "
@@ -219,7 +220,7 @@ def _changed(config, workdir) -> dict[str, tuple]:
   file = storage.root(workdir) / "config.json"
   found = None
   if file.exists():
-    stored = _read(file)
+    stored = read_json(file, hint=_OTHER)
   elif found := checkpoint.latest(workdir):  # the file was lost
     stored = found[1]
   else:
@@ -245,7 +246,7 @@ def _spelled(name: str, value):
   if not isinstance(value, str) or not value:
     return value
   if name in _NETWORKS:
-    return str(storage.root(value))
+    return str(storage.root(value, field=f"config.{name}"))
   return storage.spelled(value) if name == "data.name" else value
 
 
@@ -259,7 +260,17 @@ def _is_same_network(name: str, where: str, workdir) -> bool:
   return about["hash"] == began["hash"]
 
 
-def _read(file, *names: str) -> dict:
+def read_json(file, *names: str, hint: str = "") -> dict:
+  """Reads a JSON object from a file that is there.
+
+  Args:
+    file: a path with `read_text`.
+    *names: what it must have.
+    hint: what else may be done than to restore the file, for the message.
+
+  Raises:
+    UserError: it holds something else, as a file that was cut off does.
+  """
   try:
     found = json.loads(file.read_text())
     if not isinstance(found, dict):
@@ -268,9 +279,9 @@ def _read(file, *names: str) -> dict:
       if name not in found:
         raise ValueError(f'it has no "{name}"')
   except ValueError as error:
+    other = f", or {hint}" if hint else ""
     raise UserError(
-      f"{file} is damaged: {error}. Restore it from a copy, or take another "
-      "--workdir."
+      f"{file} is damaged: {error}. Restore it from a copy{other}."
     ) from None
   return found
 
@@ -287,7 +298,8 @@ def _result(workdir, num_steps: int) -> dict | None:
   file = epath.Path(workdir) / "result.json"
   if not file.exists():
     return None
-  result = _read(file, "num_steps", "protocol", "top1", "top5")
+  names = ("num_steps", "protocol", "top1", "top5")
+  result = read_json(file, *names, hint=_OTHER)
   return result if result["num_steps"] == num_steps else None
 
 

@@ -29,8 +29,12 @@ def path(workdir) -> epath.Path:
   return epath.Path(workdir).expanduser()
 
 
-def root(workdir) -> epath.Path:
+def root(workdir, *, field: str = "") -> epath.Path:
   """A run's directory as an absolute path, or one in a bucket.
+
+  Args:
+    workdir: the run's directory.
+    field: the name of the option that gave it, with which messages begin.
 
   Raises:
     UserError: it is empty, or the package for this kind of bucket is not
@@ -39,17 +43,20 @@ def root(workdir) -> epath.Path:
   >>> root("runs/mine").is_absolute()
   True
   """
-  _need_name(workdir)
+  begin = f"{field}: " if field else ""
+  _need_name(workdir, begin)
   scheme, separator, _ = str(workdir).partition("://")
   if not separator:  # Orbax notices a relative path only in its writing thread
     return epath.Path(Path(workdir).expanduser().absolute())
   package, extra = _BUCKETS.get(scheme, ("", ""))
   if not package:
-    raise UserError(f"{workdir}: must be a local path, gs://... or s3://...")
+    raise UserError(
+      f"{begin}{workdir}: must be a local path, gs://... or s3://..."
+    )
   if not importlib.util.find_spec(package):
     raise UserError(
-      f"{workdir}: needs the package {package}: pip install {package}, or "
-      f"'.[{extra}]' in the checkout"
+      f"{begin}{workdir}: needs the package {package}: pip install {package}, "
+      f"or '.[{extra}]' in the checkout"
     )
   return epath.Path(workdir)
 
@@ -66,9 +73,9 @@ def spelled(name: str) -> str:
   return kind + colon + os.path.abspath(os.path.expanduser(folder))
 
 
-def _need_name(workdir) -> None:
+def _need_name(workdir, begin: str = "") -> None:
   if not str(workdir):  # would be the current folder
-    raise UserError("the run's directory is empty; name a folder.")
+    raise UserError(f"{begin}the run's directory is empty; name a folder.")
 
 
 def local_folder(path: str | os.PathLike, flag: str) -> Path:

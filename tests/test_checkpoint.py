@@ -86,6 +86,15 @@ def test_a_bucket_that_cannot_be_reached(workdir, message, monkeypatch):
     rundir.claim(CONFIG, workdir)
 
 
+@pytest.mark.parametrize("field", ["config.pretrained", "config.teacher"])
+@pytest.mark.parametrize("where", ["gs://nope/x", "hdfs://nope/x", ""])
+def test_a_place_that_cannot_be_is_said_of_its_field(field, where, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError) as error:
+    checkpoint.load(where, field=field)
+  assert str(error.value).startswith(f"{field}: {where}")
+
+
 def test_restore_gives_the_optimizer_state_its_structure(tmp_path):
   write(tmp_path, 4)
   with checkpoint.open_manager(tmp_path, keep=2) as manager:
@@ -127,6 +136,25 @@ def test_damage_to_any_file_is_seen_or_does_not_matter(tmp_path, size, caplog):
     assert checkpoint.load_described(run)[2]["step"] == step
     fell_back += step == 4
   assert fell_back >= 4
+
+
+@pytest.mark.parametrize(
+  "text", ["{}", "5", '{"config": {}}', '{"config": 5, "extra": {}}']
+)
+def test_metadata_that_lacks_something_is_damage(tmp_path, text, caplog):
+  write(tmp_path, 4, 8)
+  for step in (8, 4):
+    folder = tmp_path / "checkpoints" / str(step) / "config"
+    (file,) = (f for f in folder.iterdir() if f.name == "metadata")
+    file.write_text(text)
+    if step == 8:  # the one before it is whole
+      assert restored_step(tmp_path) == 4
+      assert checkpoint.load_described(tmp_path)[2]["step"] == 4
+      assert checkpoint.latest(tmp_path)[0] == 4
+      assert "checkpoints/8 is damaged" in caplog.text
+  with pytest.raises(UserError, match=r"^--checkpoint: .*all are damaged\.$"):
+    checkpoint.load(tmp_path, field="--checkpoint")
+  assert checkpoint.latest(tmp_path) is None
 
 
 @pytest.mark.parametrize("step", [6, 8])

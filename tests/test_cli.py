@@ -2,7 +2,7 @@
 
 import pytest
 
-from simclr_jax import cli
+from simclr_jax import cli, errors
 from simclr_jax.config import UserError
 
 
@@ -113,6 +113,19 @@ def test_exit_codes(capsys, tmp_path):
 
   cli.run(train, stage="pretrain", argv=argv)
   assert "pretrain (knn): top1 50.00%" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_whatever_it_quotes(capsys):
+  with pytest.raises(SystemExit), errors.ending():
+    raise UserError('config.optim.name must be lars; got "a\nb"')
+  error = capsys.readouterr().err
+  assert error == 'error: config.optim.name must be lars; got "a b"\n'
+
+
+@pytest.mark.parametrize("name", ["stage", "recipe"])
+def test_what_the_recipe_says_is_no_flag(name):
+  with pytest.raises(UserError, match=rf"config.{name} cannot be given; it is"):
+    parse("--config=digits", "--workdir=x", f"--config.{name}=folder")
 
 
 def test_help_names_the_recipes_file(capsys):

@@ -142,6 +142,14 @@ def test_a_batch_of_one_needs_a_memory():
     ("model.width", math.inf, "config.model.width must be a finite number"),
     ("data.image_size", 0, "config.data.image_size must be above 0, got 0."),
     ("seed", 2**32, "config.seed must be below 2**32: 4294967296."),
+    ("model.width", 1e30, "config.model.width must be at most 1000, got 1e+30"),
+    ("head.num_layers", 10**6, "head.num_layers must be at most 100, got"),
+    ("head.dim", 2**40, "config.head.dim must be at most 1048576, got 109951"),
+    ("data.canvas_size", 10**5, "data.canvas_size must be at most 16384, got"),
+    ("batch_size", 2**40, "config.batch_size must be at most 16777216, got"),
+    ("optim.warmup_epochs", 1e30, "warmup_epochs must be at most 1000000, got"),
+    ("num_epochs", 1e308, "config.num_epochs must be at most 1000000, got"),
+    ("profile_steps", (1.5, 2.5), "config.profile_steps is (1.5, 2.5); expect"),
   ],
 )
 def test_wrong_values_are_named(field, value, message):
@@ -150,6 +158,26 @@ def test_wrong_values_are_named(field, value, message):
   with pytest.raises(UserError) as error:
     config_lib.check(config, num_devices=8)
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("canvas_size", -2, "canvas_size must not be negative: -2."),
+    ("image_size", -1, "image_size must be above 0, got -1."),
+    ("head_width", -1.0, "head_width must be above 0, got -1.0."),
+    ("dim", 0, "dim must be above 0, got 0."),
+    ("width", 1e9, "width must be at most 1000, got 1000000000.0."),
+    ("stem", "x", 'stem must be one of auto, imagenet, cifar; got "x".'),
+    ("pool_padding", "x", "pool_padding must be one of auto, same, torch; got"),
+  ],
+)
+def test_a_network_from_scratch_is_named_as_it_is_given(field, value, message):
+  config = recipe("finetune", "digits")
+  config_lib.set_field(config, f"scratch.{field}", value)
+  with pytest.raises(UserError) as error:
+    config_lib.check(config, num_devices=1)
+  assert str(error.value).startswith(f"config.scratch.{message}")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import pytest
 from etils import epath
 from made_run import apply, make_run
 
-from simclr_jax import augment, embed, feature_file, network
+from simclr_jax import augment, embed, evaluate, feature_file, network
 from simclr_jax.config import UserError
+from simclr_jax.data import order
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM = 37
@@ -149,6 +150,66 @@ def test_the_same_command_continues(made, whole, tmp_path, monkeypatch, capsys):
   with np.load(output) as got, np.load(whole[1]) as want:
     for name in ("features", "files", "labels", "predictions"):
       np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_a_batch_is_no_larger_than_what_there_is(made, whole, tmp_path):
+  """Nothing of the size that was asked for is made, and no row changes."""
+  output = tmp_path / "out.npz"
+  assert run(made, output, batch_size=8 * 10**12)["num_images"] == NUM
+  with np.load(output) as got, np.load(whole[1]) as want:
+    for name in ("files", "labels", "predictions"):
+      np.testing.assert_array_equal(got[name], want[name])
+    np.testing.assert_allclose(got["features"], want["features"], atol=1e-6)
+  make_run(tmp_path / "run", stage="pretrain", channels=1)
+  scores = [
+    evaluate.evaluate(
+      checkpoint=str(tmp_path / "run"), probe_names="knn", batch_size=size
+    )["results"][0]["top1"]
+    for size in (8 * 10**12, 1440)
+  ]
+  assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+  "batch_size, num_examples, want",
+  [
+    (16, 37, 16),
+    (40, 37, 40),
+    (48, 37, 40),
+    (10**30, 37, 40),
+    (10**30, 40, 40),
+    (10**30, 0, 8),
+    (12, 5, 12),  # no multiple, as is said of it later
+    (0, 5, 0),
+    (-8, 5, -8),
+  ],
+)
+def test_what_a_batch_is_cut_to(batch_size, num_examples, want):
+  got = order.at_most(batch_size, num_examples=num_examples, num_devices=8)
+  assert got == want
+
+
+def test_a_host_makes_its_own_part_of_the_positions():
+  class Three:
+    def __len__(self):
+      return 3
+
+    def gather(self, indices):
+      return {"label": indices}
+
+  hosts = 2**40
+  for index, label, weight in ((0, 0, 1), (2, 2, 1), (hosts - 1, 0, 0)):
+    (batch,) = order.eval_batches(
+      Three(), batch_size=hosts, process_index=index, process_count=hosts
+    )
+    assert batch["label"] == [label] and batch["weight"] == [weight]
+
+
+@pytest.mark.parametrize("option", [{"layer": "q"}, {"batch_size": -1}])
+def test_evaluate_refuses_what_a_file_of_features_has_already(whole, option):
+  with pytest.raises(UserError) as error:
+    evaluate.evaluate(features=str(whole[1]), **option)
+  assert str(error.value) == "--layer and --batch_size go with --checkpoint"
 
 
 @pytest.mark.parametrize("mistake", ["damaged", "unreadable"])

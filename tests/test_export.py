@@ -280,6 +280,29 @@ def run_card(script, folder, images, *, python=sys.executable):
     return dict(file)
 
 
+@pytest.mark.parametrize(
+  "name, text, why",
+  [
+    ("config.json", '{"a":', "Expecting value"),
+    ("config.json", "{}", 'it has no "model"'),
+    ("result.json", "", "Expecting value"),
+    ("result.json", '{"dataset": "digits"}', 'it has no "protocol"'),
+  ],
+)
+def test_a_damaged_file_of_the_run_is_named(tmp_path, capsys, name, text, why):
+  run, output = tmp_path / "run", tmp_path / "out" / "e.safetensors"
+  make_run(run, **IMAGENET)
+  (run / name).write_text(text)
+  flags = [f"--checkpoint={run}", "--format=torchvision", f"--output={output}"]
+  with pytest.raises(SystemExit) as ended:
+    export.main(flags)
+  assert ended.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f"error: {run / name} is damaged: {why}")
+  assert "--workdir" not in error and error.count("\n") == 1
+  assert not output.exists()
+
+
 def test_stablehlo_runs_without_this_package(tmp_path):
   """Any width, and any number of images."""
   settings, variables = make_run(tmp_path / "run", num_classes=5, names=NAMES)

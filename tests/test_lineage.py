@@ -1,11 +1,12 @@
 """lineage.py: what a run may not take from another one."""
 
+import importlib.util
 import os
 
 import pytest
 import test_rundir
 
-from simclr_jax import cli, finetune, lineage
+from simclr_jax import cli, distill, finetune, lineage, rundir
 from simclr_jax.config import UserError, from_json_tree, set_field
 
 
@@ -64,3 +65,21 @@ def test_a_run_from_before_there_were_other_losses(tmp_path):
   test_rundir.save(tmp_path, before)
   config = make_config("finetune", pretrained=str(tmp_path), label_percent=1.0)
   assert finetune.resolve_network(config)["params"]
+
+
+def test_a_bucket_without_its_package_is_said_of_the_field(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  rundir.claim(make_config("finetune"), tmp_path)
+  for stage, field, load in (
+    ("finetune", "pretrained", lineage.load_pretrained),
+    ("distill", "teacher", distill.load_teacher),
+    ("finetune", "pretrained", lambda c: rundir.check_same(c, tmp_path)),
+  ):
+    config = make_config(stage, **{field: "gs://nope/x"})
+    with pytest.raises(UserError) as error:
+      load(config)
+    assert str(error.value).startswith(
+      f"config.{field}: gs://nope/x: needs the package gcsfs"
+    )

@@ -62,7 +62,7 @@ def test_flops_are_three_forward_passes(config, planned):
 
 
 def test_nothing_of_the_size_of_the_batch_is_allocated(config, monkeypatch):
-  """A batch of 2**27 images, by its shapes alone, without compiling."""
+  """A batch of 2**24 images, by its shapes alone, without compiling."""
   seen = []
 
   class Stop(Exception):
@@ -78,12 +78,12 @@ def test_nothing_of_the_size_of_the_batch_is_allocated(config, monkeypatch):
 
   monkeypatch.setattr(parallel, "pmap", stub)
   large = config.copy_and_resolve_references()
-  large.batch_size = 2**27
+  large.batch_size = 2**24
   with pytest.raises(Stop):
     plan.plan(large)
   leaves = jax.tree.leaves(seen)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-  assert sum(x.size for x in leaves) > 2**33
+  assert sum(x.size for x in leaves) > 2**30
 
 
 def test_ways_are_what_is_not_done_yet(config):
@@ -155,7 +155,13 @@ def test_every_kind_of_step_is_planned(config, monkeypatch):
   "options, message",
   [
     ({"utilisation": 40.0}, "--utilisation=40 must be above 0 and at most 1"),
-    ({"memory_gib": -1.0}, "--memory_gib=-1 must not be negative"),
+    ({"utilisation": float("nan")}, "--utilisation=nan must be above 0"),
+    ({"memory_gib": -1.0}, "--memory_gib=-1.0 must be from 0 to 1000000"),
+    ({"memory_gib": float("nan")}, "--memory_gib=nan must be from 0 to"),
+    ({"peak_tflops": float("nan")}, "--peak_tflops=nan must be from 0 to"),
+    ({"peak_tflops": float("inf")}, "--peak_tflops=inf must be from 0 to"),
+    ({"images": 10**400}, "000 must be from 0 to 1000000000000"),
+    ({"devices": -1}, "--devices=-1 must be from 0 to 4096"),
     ({"devices": 3}, "--devices=3, but JAX has 8 here"),
   ],
 )
@@ -182,6 +188,22 @@ def test_mistakes_end_the_command(argv, message, tmp_path, capsys):
   assert ended.value.code == 2
   error = capsys.readouterr().err
   assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "number", ["5000", "1000000", "9" * 20, "-" + "9" * 20]
+)
+def test_no_device_is_made_of_a_number_out_of_range(
+  number, monkeypatch, capsys
+):
+  """A million would take JAX hours."""
+  made = []
+  monkeypatch.setattr(jax.config, "update", lambda *args: made.append(args))
+  with pytest.raises(SystemExit) as ended:
+    plan.main(["--config=pretrain.py:digits", f"--devices={number}"])
+  assert ended.value.code == 2 and not made
+  error = capsys.readouterr().err
+  assert error == f"error: --devices={number} must be from 0 to 4096.\n"
 
 
 def test_a_dataset_that_is_not_there_leaves_hours_out(config, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The max-pool against Flax's: values, and where the gradient goes."""
+"""Pooling against Flax's: values, and where the gradient goes."""
 
 import flax.linen as nn
 import jax
@@ -83,3 +83,31 @@ def test_tpus_get_the_same(monkeypatch, x64):
   monkeypatch.setattr(jax.lax, "platform_dependent", of_tpus)
   for got, exact in zip(both(x, PADDINGS[0])[0], want, strict=True):
     np.testing.assert_array_equal(got, exact)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 6), (8, 5)])
+def test_mean_pool_equals_flax(size, stride, x64):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)))
+
+  def by_flax(x):
+    padding = ((0, 1), (0, 1))
+    return nn.avg_pool(
+      x, (2, 2), (stride, stride), padding, count_include_pad=stride == 2
+    )
+
+  (got, got_vjp), (want, want_vjp) = (
+    jax.vjp(pool, x)
+    for pool in (lambda x: pooling.mean_pool(x, stride), by_flax)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-12)
+  gradient = jnp.asarray(np.random.default_rng(1).normal(size=want.shape))
+  (got,), (want,) = got_vjp(gradient), want_vjp(gradient)
+  np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_a_map_of_one_pixel_is_read_once():
+  """XLA's window reads it four times on CPUs, where there are many."""
+  x = np.random.default_rng(0).normal(size=(64, 1, 1, 128)).astype(np.float32)
+  pooled = jax.jit(lambda x: pooling.mean_pool(x, 2))(x)
+  np.testing.assert_allclose(pooled, x / 4, rtol=1e-6)

@@ -118,6 +118,23 @@ def test_a_file_that_lacks_something_is_named(tmp_path):
     rundir.claim(make_config(), tmp_path)
 
 
+@pytest.mark.parametrize(
+  "text, why", [('{"a":', "Expecting"), ("[]", "no JSON"), ("{}", 'no "b"')]
+)
+def test_a_damaged_file_is_one_line(tmp_path, text, why):
+  file = tmp_path / "a.json"
+  file.write_text(text)
+  for options, end in (
+    ({}, "Restore it from a copy."),
+    ({"hint": "give another"}, "Restore it from a copy, or give another."),
+  ):
+    with pytest.raises(UserError) as error:
+      rundir.read_json(file, "b", **options)
+    message = str(error.value)
+    assert message.startswith(f"{file} is damaged: ") and why in message
+    assert message.endswith(end) and "\n" not in message
+
+
 def test_class_names_are_those_that_sources_give(tmp_path):
   """Earlier versions stored a Mac's, with each accent apart."""
   save(tmp_path, make_config(), num_images=4, label_names=["e\u0301te\u0301"])

@@ -404,6 +404,17 @@ def test_the_bank_is_drawn_from_all_classes():
   np.testing.assert_array_equal(bank, pretrain._bank(config, labels))
 
 
+def test_a_run_without_probe_and_bank_evaluates_nothing(tmp_path):
+  """A line of nothing would be written again at each start."""
+  fields = {"probe": False, "knn.bank_size": 0, "eval_every_steps": 2}
+  fields |= {"data.image_size": 8}
+  result = run(pretrain, "digits,width=0.0625", tmp_path, **fields)
+  assert result["top1"] is None
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [sorted(json.loads(line))[:1] for line in lines] == [["alignment"]] * 3
+  assert all(len(json.loads(line)) > 5 for line in lines)
+
+
 def test_a_workdir_of_another_run_is_refused_before_data_is_read(
   runs, monkeypatch
 ):
@@ -560,7 +571,7 @@ def test_an_evaluation_split_has_labels(tmp_path):
       distill,
       "digits",
       {"teacher": "{}/finetune", "loss.label_weight": 2.0},
-      "config.loss.label_weight is 2; it must be at most 1",
+      "config.loss.label_weight must be at most 1, got 2.0",
     ),
     (
       pretrain,

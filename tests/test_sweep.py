@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -387,6 +388,12 @@ def test_the_page_shows_grid_and_claims(fakes, tmp_path):
     (["--seeds=0,4294967296"], "--seeds: 0 or more and below 2**32, got 0,429"),
     (["--sizes=18xinf"], 'depth x width, such as 18x0.25'),
     (["--sizes=18x1e308"], 'depth x width, such as 18x0.25'),
+    (["--config.seed=3"], "--config.seed cannot be given: the grid sets it, "),
+    (["--finetune.label_percent=5"], "the grid sets it, from --labels."),
+    (["--pretrain.model.width=1"], "the grid sets it, from --sizes."),
+    (["--finetune.pretrained=runs/x"], "from the cells that each one needs."),
+    (["--distill.loss.label_weight=3"], "loss.label_weight must be at most 1"),
+    (["--config.recipe=cifar10"], "--config.recipe cannot be given; it is"),
     (["--task=²/3"], "--task: I/N with I from 0 to N - 1"),
   ],
 )  # fmt: skip
@@ -466,6 +473,16 @@ def test_another_sweep_in_the_same_folder_is_refused(fakes, tmp_path, capsys):
   assert start(tmp_path, "--pretrain.num_epochs=3") == 2
   error = capsys.readouterr().err
   assert "holds another run: config.num_epochs was 35.0, is 3.0" in error
+  file.write_text('{"a":')
+  assert start(tmp_path) == 2
+  error = capsys.readouterr().err
+  assert re.fullmatch(r"error: .*config.json is damaged: .*workdir\.\n", error)
+
+
+def test_pretraining_may_begin_from_other_weights(tmp_path):
+  made = cells(fields=[("pretrain", "pretrained=runs/official")])
+  config, _ = cli.parse(grid.command(made[0], tmp_path), stage="pretrain")
+  assert config.pretrained == "runs/official"
 
 
 @pytest.mark.slow

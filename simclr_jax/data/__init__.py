@@ -2,9 +2,7 @@
 
 Batch t of a run is a pure function of (seed, t): nothing is stored, a run
 resumes at any step, and it is the same batch for any number of hosts, from
-memory or streamed. Exception: with on_error="skip" and few labels a streamed
-dataset may choose other images, because labels are chosen before damage is
-known.
+memory or streamed.
 """
 
 from simclr_jax.data.few_labels import label_subset

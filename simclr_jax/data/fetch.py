@@ -47,7 +47,8 @@ def fetch_each(
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed, num_examples):
+def replacement_order(seed: int, num_examples: int) -> np.ndarray:
+  """Of all images: the next good one after a damaged one takes its place."""
   # Three numbers: no epoch of the training order is drawn from the same.
   return np.random.default_rng((seed, 0, 1)).permutation(num_examples)
 
@@ -75,7 +76,7 @@ def replacement(
   Raises:
     UserError: none is good.
   """
-  order = _order(seed, len(source))
+  order = replacement_order(seed, len(source))
   start = int(np.flatnonzero(order == index)[0])
   for candidate in np.roll(order, -start)[1:].tolist():
     if known(candidate):

@@ -38,6 +38,9 @@ class Dataset:
     label_names: tuple of class names.
     replaced: bool [N], where another image is in the place of a damaged one;
       None where damage is an error.
+    own_labels: int32 [N], those of the source, also of damaged images; None
+      where `labels` are.
+    seed: of the order that replacements come from.
   """
 
   images: np.ndarray = dataclasses.field(repr=False)
@@ -45,6 +48,8 @@ class Dataset:
   labels: np.ndarray = dataclasses.field(repr=False)
   label_names: tuple[str, ...]
   replaced: np.ndarray | None = dataclasses.field(default=None, repr=False)
+  own_labels: np.ndarray | None = dataclasses.field(default=None, repr=False)
+  seed: int = 0
 
   @property
   def num_classes(self) -> int:
@@ -56,21 +61,47 @@ class Dataset:
     """1 or 3."""
     return self.images.shape[-1]
 
+  @property
+  def listed(self) -> np.ndarray:
+    """int32 [N], labels known before any damage, to choose from."""
+    return self.labels if self.own_labels is None else self.own_labels
+
   def __len__(self):
     return len(self.images)
 
   def select(self, indices: np.ndarray) -> "Dataset":
-    """The dataset of these examples alone (a copy), in this order."""
-    arrays = {"images": self.images, "sizes": self.sizes, "labels": self.labels}
-    if self.replaced is not None:
-      arrays["replaced"] = self.replaced
-    return dataclasses.replace(
-      self, **{name: array[indices] for name, array in arrays.items()}
+    """The dataset of these examples alone (a copy), in this order.
+
+    Damaged images are replaced by others of these, where one is good.
+    """
+    names = ("images", "sizes", "labels", "replaced", "own_labels")
+    arrays = {name: getattr(self, name) for name in names}
+    part = dataclasses.replace(
+      self,
+      **{k: array[indices] for k, array in arrays.items() if array is not None},
     )
+    damaged, instead = part._replacements()
+    part.images[damaged] = part.images[instead]
+    part.sizes[damaged] = part.sizes[instead]
+    part.labels[damaged] = part.listed[instead]
+    return part
 
   def with_labels(self, labels: np.ndarray) -> "Dataset":
-    """The same images with other labels, int32 [N]."""
-    return dataclasses.replace(self, labels=labels)
+    """The same images with others in the place of `listed`, int32 [N]."""
+    damaged, instead = self._replacements()
+    shown = labels.copy()
+    shown[damaged] = labels[instead]
+    return dataclasses.replace(self, labels=shown, own_labels=labels)
+
+  def _replacements(self):
+    """Indices of damaged images, and of those that `fetch` puts there."""
+    if self.replaced is None or self.replaced.all():
+      return np.zeros((2, 0), np.int64)
+    order = fetch.replacement_order(self.seed, len(self))
+    damaged = np.flatnonzero(self.replaced[order])
+    good = np.flatnonzero(~self.replaced[order])
+    after = good[np.searchsorted(good, damaged) % len(good)]
+    return order[damaged], order[after]
 
   def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """indices [n] -> {"image": uint8 [n, S, S, C], "label", "size"}.
@@ -218,6 +249,7 @@ def load(
     for i, example in zip(indices, examples, strict=True):
       if isinstance(example, config.UserError):
         damaged[i] = example
+        labels[i] = _own_label(source, i)
         continue
       image, labels[i] = example
       height, width = sizes[i] = image.shape[:2]
@@ -234,6 +266,7 @@ def load(
           progress(done, total)
     finally:  # After an error or Ctrl-C, do not decode the rest first.
       pool.shutdown(cancel_futures=True)
+  own_labels = labels.copy()
   for i in sorted(damaged):
     if on_skip:
       on_skip(str(damaged[i]))
@@ -246,14 +279,26 @@ def load(
         known=lambda j: j not in damaged,
       )
       images[i], sizes[i] = images[j], sizes[j]
-  replaced = None
+  dataset = Dataset(images, sizes, labels, source.label_names)
   if on_error == "skip":
     replaced = np.zeros(total, bool)
     replaced[list(damaged)] = True
-  dataset = Dataset(images, sizes, labels, source.label_names, replaced)
+    dataset = dataclasses.replace(
+      dataset, replaced=replaced, own_labels=own_labels, seed=seed
+    )
   if on_error == "drop" and damaged:
     dataset = dataset.select(np.setdiff1d(np.arange(total), list(damaged)))
   return dataset
+
+
+def _own_label(source, index):
+  """The label of a damaged image, -1 where its record cannot be read."""
+  if source.labels is not None:
+    return source.labels[index]
+  try:
+    return source.read([index])[0][1]
+  except config.UserError:
+    return -1
 
 
 def memory_bytes() -> int:

@@ -47,6 +47,25 @@ def batch_indices(
   return np.concatenate(parts)
 
 
+def at_most(batch_size: int, *, num_examples: int, num_devices: int) -> int:
+  """A batch size for evaluation, without what would be padding alone.
+
+  Args:
+    batch_size: that was asked for; no multiple of num_devices is left so.
+    num_examples: of the dataset.
+    num_devices: of all hosts.
+
+  >>> at_most(10**12, num_examples=360, num_devices=8)
+  360
+  >>> at_most(64, num_examples=360, num_devices=8)
+  64
+  """
+  if batch_size % num_devices:
+    return batch_size
+  whole = -(-max(num_examples, 1) // num_devices) * num_devices
+  return min(batch_size, whole)
+
+
 def _host_block(batch_size, process_index, process_count):
   """The slice of a global batch that belongs to one host."""
   if batch_size < 1:
@@ -148,7 +167,7 @@ def eval_batches(
 
   def batches():
     for first in range(start, len(dataset), batch_size):
-      positions = np.arange(first, first + batch_size)[block]
+      positions = np.arange(first + block.start, first + block.stop)
       is_real = positions < len(dataset)
       batch = dataset.gather(np.where(is_real, positions, 0))
       yield {**batch, "weight": is_real.astype(np.float32)}

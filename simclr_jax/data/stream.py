@@ -68,6 +68,11 @@ class Streamed:
       return np.full(len(self), -1, np.int32)
     return scan_labels(self.source, self.cache_dir)
 
+  @property
+  def listed(self) -> np.ndarray:
+    """int32 [N], labels known before any damage, to choose from."""
+    return self.labels
+
   def __len__(self):
     return len(self.source)
 

@@ -1,14 +1,13 @@
 """The cells of a grid: which runs there are and what they start from."""
 
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simclr_jax import cli, resnet
+from simclr_jax import cli, resnet, rundir
 from simclr_jax import config as config_lib
 from simclr_jax.config import UserError
 
@@ -24,6 +23,17 @@ METHODS = {
 SIZES = {
   "digits": "18x0.125,18x0.25,18x0.5",
   "cifar10": "18x0.5,18x1,50x1",
+}
+_HINT = "take another --workdir"
+# What makes the cells differ, and where it comes from.
+_SET_BY = {
+  "seed": "--seeds",
+  "label_percent": "--labels",
+  "labels_per_class": "--labels",
+  "model.depth": "--sizes",
+  "model.width": "--sizes",
+  "pretrained": "the cells that each one needs",
+  "teacher": "the cells that each one needs",
 }
 
 
@@ -109,11 +119,22 @@ def set_fields(
 ) -> None:
   """Adds (stage or "config", "FIELD=VALUE") to the flags of cells, in place.
 
+  Raises:
+    UserError: a field that the grid itself sets.
+
   >>> cell = make_cell("digits", "scratch", 1, "finetune", size="18x1", seed=0)
   >>> set_fields([cell], [("finetune", "num_steps=3")])
   >>> cell.flags[-1]
   '--config.num_steps=3'
   """
+  for scope, field in fields:
+    name = field.partition("=")[0]
+    # Pretraining may begin from weights that no cell makes.
+    if name in _SET_BY and (scope, name) != ("pretrain", "pretrained"):
+      raise UserError(
+        f"--{scope}.{name} cannot be given: the grid sets it, from "
+        f"{_SET_BY[name]}."
+      )
   for cell in cells:
     cell.flags.extend(
       f"--config.{field}"
@@ -229,14 +250,14 @@ def check_cells(
     if not file.exists():
       continue
     stored = config_lib.flat(
-      config_lib.from_json_tree(json.loads(file.read_text()))
+      config_lib.from_json_tree(rundir.read_json(file, hint=_HINT))
     )
     for name, value in config_lib.flat(config).items():
       if not config_lib.is_derived(name, value) and stored.get(name) != value:
         raise UserError(
           f"{folder} holds another run: config.{name} was "
           f"{stored.get(name)!r}, is {value!r}. Give the values it has, or "
-          "take another --workdir."
+          f"{_HINT}."
         )
 
 
