@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import sys
 import threading
+import time
 from concurrent.futures import thread as futures
 
 import jax
@@ -229,7 +230,11 @@ def test_a_save_that_cannot_begin_leaves_no_thread(tmp_path, monkeypatch):
       monkeypatch.setattr(path_type, "mkdir", mkdir)
       checkpoint.save(manager, make_state(1), CONFIG)
       checkpoint.check(manager, wait=True)
-  assert not [t for t in set(threading.enumerate()) - before if is_busy(t)]
+  # What only ends its work gets seconds; what waits would stay for minutes.
+  deadline = time.monotonic() + 10
+  while busy := [t for t in {*threading.enumerate()} - before if is_busy(t)]:
+    assert time.monotonic() < deadline, busy
+    time.sleep(0.01)
 
 
 def is_busy(thread):
